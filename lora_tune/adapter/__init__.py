@@ -1,0 +1,1 @@
+"""The adapter folder: written, checked, loaded."""

@@ -1,0 +1,1 @@
+"""Evaluation: scores of base and adapter on the same rows."""

@@ -1,0 +1,1 @@
+"""The base model: where it is, how it is loaded, adapter methods, memory, generation, merging."""

@@ -1,0 +1,309 @@
+"""The recipe: about sixty typed, frozen, strict keys in sections that each have one owner.
+
+`recipe_file.py` reads a YAML file into these models and says where a value stands. A noun takes its own section
+(`train: Train`), never the whole `Recipe`. The docstring below a field is its help, in the JSON Schema as well.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
+OPTIMIZERS = ("auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion_8bit", "sgd")
+SCHEDULES = ("cosine", "linear", "constant", "polynomial", "inverse_sqrt")
+METRICS = ("loss", "exact_match", "rouge_l")
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+
+
+def share_of(amount: int | str, total: int) -> int:
+    """How many of `total` things `amount` means: a number as it is, "2%" as that share of the total, rounded half up."""
+    if isinstance(amount, int):
+        return amount
+    match = SHARE.fullmatch(amount)
+    if match is None:
+        raise ValueError(f"a number or a share such as 2%, got {amount!r}")
+    return int(total * float(match[1]) / 100 + 0.5)
+
+
+def _refuse(expected: str) -> PydanticCustomError:
+    return PydanticCustomError("expected", "{expected}", {"expected": expected})
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _amount(value: Any) -> Any:
+    """A whole number from 0 on, or a share in per cent."""
+    match = SHARE.fullmatch(value) if isinstance(value, str) else None
+    if _is_count(value, 0) or (match and float(match[1]) <= 100):
+        return value
+    raise _refuse("must be a whole number from 0 on or a share from 0% to 100%")
+
+
+def _hold_out(value: Any) -> Any:
+    """A share below 100 %, a number of rows, or a data file."""
+    match = SHARE.fullmatch(value) if isinstance(value, str) else None
+    if match and float(match[1]) >= 100:
+        raise _refuse("must leave rows to train on: a share below 100%")
+    if _is_count(value, 0) or match or (isinstance(value, str) and value.strip()):
+        return value
+    raise _refuse("must be a share such as 2%, a number of rows from 0 on, or a data file")
+
+
+def _auto_or_count(value: Any) -> Any:
+    if value == "auto" or _is_count(value, 1):
+        return value
+    raise _refuse("must be a whole number, at least 1 or auto")
+
+
+def _checkpointing(value: Any) -> Any:
+    if value in ("auto", "all", "none") or _is_count(value, 0):
+        return value
+    raise _refuse("must be auto, all, none or a number of layers")
+
+
+def _targets(value: Any) -> Any:
+    if value == "all-linear":
+        return value
+    if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) and name for name in value):
+        if len(set(value)) < len(value):
+            raise _refuse("must name each module once")
+        if any(not re.fullmatch(r"[A-Za-z0-9_.]+", name) for name in value):
+            raise _refuse("must be plain module names such as q_proj; regular expressions are not supported")
+        return tuple(value)
+    raise _refuse("must be all-linear or a list of module names such as [q_proj, v_proj]")
+
+
+def _strings(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) and item for item in value):
+        if len(set(value)) < len(value):
+            raise _refuse("must name each thing once")
+        return tuple(value)
+    raise _refuse("must be a list of text")
+
+
+def _schema(*kinds: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": list(kinds)} if len(kinds) > 1 else kinds[0])
+
+
+_SHARE_SCHEMA = {"type": "string", "pattern": r"^\d+(\.\d+)? ?%$"}
+_LIST_SCHEMA = {"type": "array", "items": {"type": "string"}}
+_COUNT = {"type": "integer", "minimum": 1}
+Amount = Annotated[int | str, BeforeValidator(_amount), _schema({"type": "integer", "minimum": 0}, _SHARE_SCHEMA)]
+HoldOut = Annotated[int | str, BeforeValidator(_hold_out), _schema({"type": "integer", "minimum": 0}, {"type": "string"})]
+AutoCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count), _schema({"const": "auto"}, _COUNT)]
+Checkpointing = Annotated[
+    int | Literal["auto", "all", "none"],
+    BeforeValidator(_checkpointing),
+    _schema({"enum": ["auto", "all", "none"]}, {"type": "integer", "minimum": 0}),
+]
+Targets = Annotated[
+    tuple[str, ...] | Literal["all-linear"], BeforeValidator(_targets), _schema({"const": "all-linear"}, _LIST_SCHEMA)
+]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_strings), _schema(_LIST_SCHEMA)]
+Text = Annotated[str, Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Frozen, strict, no unknown keys; the docstring below a field is its help."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Base(Section):
+    """The base model that stays frozen."""
+
+    name: Text
+    """Hub id, local folder, or `builtin:quickstart`."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub; the commit is recorded either way."""
+    quantize: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the frozen weights are held: 4-bit NormalFloat, 4-bit float, 8-bit integer, or as stored."""
+    double_quant: bool = True
+    """Quantize the 4-bit scales as well (0.37 bit less per parameter)."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of activations; auto: bfloat16 where supported, else float16 with loss scaling and float32 adapters."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation of transformers; auto: sdpa."""
+    chat_template: Text | None = None
+    """A Jinja file instead of the base's own chat template."""
+
+
+class DataSource(Section):
+    """One source of training rows."""
+
+    source: Text
+    """A file, folder or glob (.json .jsonl .csv .tsv .parquet .txt, also .gz), or a data set on the hub."""
+    config: Text | None = None
+    """Configuration (subset) of a hub data set."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    revision: Text | None = None
+    """Revision of a hub data set."""
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text", "table"] = "auto"
+    """What a row looks like; auto says what it took and why."""
+    columns: dict[str, str] | None = None
+    """Names of the columns to read: {field of the format: column of the file}; `table` needs prompt and completion."""
+    weight: Positive = 1.0
+    """Share of sampling: 2 means that an epoch shows each row twice, 0.5 that it shows half of them."""
+    max_rows: Count | None = None
+    """Take at most this many rows, chosen by the seed."""
+    on_bad_row: Literal["refuse", "drop"] = "refuse"
+    """A malformed or answer-less row ends the run before the base is loaded, or is dropped and counted."""
+    pack: bool = True
+    """Rows of this source may share a packed sequence."""
+
+    @model_validator(mode="after")
+    def _table_needs_columns(self) -> DataSource:
+        if self.format == "table" and not {"prompt", "completion"} <= set(self.columns or {}):
+            raise _refuse("format table needs columns: {prompt: <column>, completion: <column>}")
+        return self
+
+
+class Lora(Section):
+    """The adapter that is trained."""
+
+    method: Literal["lora", "rslora", "dora", "pissa", "olora", "loftq", "eva"] = "lora"
+    """Adapter method; all are saved as plain LoRA or DoRA."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Rank r of the update B·A."""
+    alpha: Positive = 32.0
+    """Scale: the update is multiplied by alpha / rank (alpha / sqrt(rank) for rslora)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before A; above 0 it costs about 60 % more saved activations."""
+    targets: Targets = "all-linear"
+    """Names of the linear layers that get an adapter, or all-linear."""
+    modules_to_save: Strings = ()
+    """Modules trained and saved in full (the head, the embeddings)."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}
+    """Another rank for some modules: {name: rank}."""
+    alpha_pattern: dict[str, Positive] = {}
+    """Another alpha for some modules: {name: alpha}."""
+    new_tokens: Strings = ()
+    """Tokens added to the tokenizer; only their embeddings are trained."""
+    start_from: Text | None = None
+    """Continue this adapter folder instead of starting from zero."""
+    plus_ratio: Positive | None = None
+    """LoRA+: learning rate of B over that of A (16 in the paper)."""
+
+
+class Train(Section):
+    """How the adapter is trained."""
+
+    epochs: Positive = 1.0
+    """Passes over the training rows."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    learning_rate: Positive = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: Amount = "3%"
+    """Optimizer steps of warm-up: a number or a share."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Clip the gradient to this norm."""
+    optimizer: Literal[
+        "auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion_8bit", "sgd"
+    ] = "auto"
+    """auto: adamw."""
+    batch_size: Count = 16
+    """Sequences per optimizer step (packed rows where packing is on)."""
+    micro_batch_size: AutoCount = "auto"
+    """Sequences per forward pass; accumulation is batch_size / micro_batch_size. auto: the largest that fits."""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Tokens per sequence."""
+    too_long: Literal["truncate", "drop", "split"] = "truncate"
+    """What happens to a longer row; rows of format `text` are always split."""
+    packing: bool = True
+    """Put several rows into one sequence, isolated from each other."""
+    gradient_checkpointing: Checkpointing = "auto"
+    """Recompute activations in the backward pass: all layers, none, or the first N; auto: all on a GPU, none on a CPU."""
+    neftune_alpha: Positive | None = None
+    """Noise on the embeddings (NEFTune; 5 in the paper)."""
+    save_every: Count | None = None
+    """Optimizer steps between checkpoints; without it, one at the end of every epoch."""
+    keep_checkpoints: Count = 2
+    """How many checkpoints stay on disk."""
+
+
+class Eval(Section):
+    """What shows that it learned."""
+
+    hold_out: HoldOut = "2%"
+    """Rows kept out of training: a share, a number, or a data file of its own."""
+    metrics: Annotated[tuple[Literal["loss", "exact_match", "rouge_l"], ...], BeforeValidator(_strings)] | None = None
+    """Scores of base and adapter on the held-out rows; without it: loss."""
+    every: Count | None = None
+    """Optimizer steps between evaluations; without it, only at the end."""
+    max_rows: Count | None = None
+    """Evaluate at most this many held-out rows."""
+    samples: Annotated[int, Field(ge=0)] = 5
+    """Answers of base and adapter shown and stored."""
+    keep_best: bool = False
+    """Keep the weights with the lowest held-out loss instead of the last ones."""
+    stop_after: Count | None = None
+    """Stop when the held-out loss has not improved in this many evaluations."""
+
+
+class Limits(Section):
+    """Above a limit the run stops before training (exit 3)."""
+
+    dropped_rows: Amount = "1%"
+    """Rows that cannot be trained on."""
+    lost_tokens: Amount = "1%"
+    """Tokens cut off by `max_length`."""
+    lost_end_tokens: Amount = "1%"
+    """Rows whose last end-of-turn token was cut off, so that the model does not learn to stop."""
+    duplicates: Amount | None = None
+    """Exact duplicates; without it they are counted and warned of."""
+
+
+class Recipe(Section):
+    """One run: a base, data, an adapter, how to train and evaluate it, and where it goes."""
+
+    base: Base
+    data: Annotated[tuple[DataSource, ...], Field(min_length=1, strict=False)]
+    loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+    """Which turns are trained: all answers, the last answer, or every token."""
+    lora: Lora = Lora()
+    train: Train = Train()
+    eval: Eval = Eval()
+    limits: Limits = Limits()
+    output: Text
+    """Folder of the adapter; relative to the working folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of everything random."""
+    track: Annotated[tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...], BeforeValidator(_strings)] = ()
+    """Experiment trackers, all off by default."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        held_out = self.eval.hold_out not in (0, "0%")
+        for key in ("metrics", "every", "stop_after"):
+            if getattr(self.eval, key) and not held_out:
+                raise PydanticCustomError("eval." + key, "needs held-out rows, but no row is held out (eval.hold_out)")
+        for key in ("keep_best", "stop_after"):
+            if getattr(self.eval, key) and not self.eval.every:
+                raise PydanticCustomError("eval." + key, "needs evaluations during training: set eval.every")
+        micro = self.train.micro_batch_size
+        if micro != "auto" and self.train.batch_size % micro:
+            raise PydanticCustomError("train.micro_batch_size", "must divide train.batch_size without a rest")
+        if self.lora.plus_ratio and self.train.optimizer in ("adafactor", "sgd", "lion_8bit"):
+            raise PydanticCustomError("lora.plus_ratio", "needs an AdamW optimizer")
+        return self
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics in force: those asked for, else `loss` where rows are held out."""
+        if self.eval.metrics is not None:
+            return self.eval.metrics
+        return ("loss",) if self.eval.hold_out not in (0, "0%") else ()

@@ -1,0 +1,128 @@
+"""Held-out loss, row by row and exact: padding, batches and neighbours change nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lora_tune.model.generation import evaluating, transformer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from lora_tune.data.chat_template import TokenRow
+
+BATCH_TOKENS = 8_192  # padded tokens of one batch
+_LOGIT_BYTES = 512 * 2**20  # most bytes of logits of one batch, unless a single row needs more
+
+
+@dataclass(frozen=True, slots=True)
+class RowLoss:
+    """Summed negative log-likelihood (nats) of a row's answer tokens, and how many they are."""
+
+    nll: float
+    tokens: int
+
+
+def row_losses(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[TokenRow],
+    *,
+    pad_id: int,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int], None] | None = None,
+) -> list[RowLoss]:
+    """The loss of every row, in the order of the rows, as if each were computed alone (1e-6 in float32).
+
+    Rows of similar length share a batch of at most `batch_tokens` tokens and are padded on the right. The model runs
+    in its own dtype, without autocast; logits are made at the positions that predict a labelled token only,
+    log-probabilities in float32, sums in float64. Mode and random state of the model stay as they are. A row whose
+    mask is empty counts 0 tokens.
+    """
+    base = transformer(model)
+    vocabulary = base.get_output_embeddings().weight.shape[0]
+    position_bytes = vocabulary * base.dtype.itemsize
+    found: dict[int, RowLoss] = {}
+    with evaluating(model):
+        for batch in _batches(rows, batch_tokens, most_positions=max(1, _LOGIT_BYTES // position_bytes)):
+            chosen = [rows[place] for place in batch]
+            found.update(zip(batch, _batch_losses(base, chosen, pad_id), strict=True))
+            if progress:
+                progress(len(batch))
+    return [found[place] for place in range(len(rows))]
+
+
+def held_out_loss(
+    model: PreTrainedModel | PeftModel, rows: Sequence[TokenRow], *, pad_id: int, batch_tokens: int = BATCH_TOKENS
+) -> list[float]:
+    """Mean loss of every row in nats per answer token; nan for a row without answer tokens. See `row_losses`."""
+    losses = row_losses(model, rows, pad_id=pad_id, batch_tokens=batch_tokens)
+    return [row.nll / row.tokens if row.tokens else math.nan for row in losses]
+
+
+def mean_loss(losses: Sequence[RowLoss]) -> float:
+    """Nats per answer token: the sum of all losses over the number of tokens. Raises ValueError without tokens."""
+    tokens = sum(row.tokens for row in losses)
+    if not tokens:
+        raise ValueError("a loss over no answer tokens has no value")
+    return math.fsum(row.nll for row in losses) / tokens
+
+
+def _batches(rows: Sequence[TokenRow], batch_tokens: int, *, most_positions: int) -> Iterator[list[int]]:
+    """Row numbers in batches, longest rows first, at least one row each.
+
+    A batch makes logits at every position that any of its rows needs: rows x positions stay below `most_positions`.
+    """
+    batch: list[int] = []
+    needed_T = np.zeros(0, dtype=bool)
+    for place in sorted(range(len(rows)), key=lambda place: -len(rows[place].input_ids)):
+        mask_T = np.asarray(rows[place].mask)
+        joined_T = needed_T.copy() if batch else np.zeros(len(mask_T), dtype=bool)
+        joined_T[: len(mask_T)] |= mask_T
+        count = len(batch) + 1
+        if batch and (count * len(joined_T) > batch_tokens or count * int(joined_T.sum()) > most_positions):
+            yield batch
+            batch, joined_T = [], mask_T
+        batch.append(place)
+        needed_T = joined_T
+    if batch:
+        yield batch
+
+
+def _batch_losses(base: PreTrainedModel, rows: Sequence[TokenRow], pad_id: int) -> list[RowLoss]:
+    """Losses of rows that share one forward pass."""
+    longest = max(len(row.input_ids) for row in rows)
+    ids_BT = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    attention_BT = torch.zeros((len(rows), longest), dtype=torch.long)
+    labelled_BT = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for place, row in enumerate(rows):
+        length = len(row.input_ids)
+        ids_BT[place, :length] = torch.as_tensor(row.input_ids, dtype=torch.long)
+        attention_BT[place, :length] = 1
+        labelled_BT[place, :length] = torch.as_tensor(row.mask, dtype=torch.bool)
+    labelled_BT[:, 0] = False  # nothing predicts the first token
+    wanted = labelled_BT.any(dim=0).nonzero().squeeze(1)
+    if not len(wanted):
+        return [RowLoss(0.0, 0) for _ in rows]
+    device = base.device
+    keep = (wanted - 1).to(device)
+    output = base(
+        input_ids=ids_BT.to(device), attention_mask=attention_BT.to(device), logits_to_keep=keep, use_cache=False
+    )
+    logits_BPV = output.logits
+    if logits_BPV.shape[1] != len(wanted):  # an architecture that ignores logits_to_keep
+        logits_BPV = logits_BPV[:, keep]
+    losses = []
+    for place in range(len(rows)):
+        own_P = labelled_BT[place, wanted]
+        logits_PV = logits_BPV[place, own_P.to(device)].float()
+        targets_P = ids_BT[place, wanted[own_P]].to(device)
+        nll_P = torch.nn.functional.cross_entropy(logits_PV, targets_P, reduction="none")
+        losses.append(RowLoss(float(nll_P.double().sum()), int(own_P.sum())))
+    return losses

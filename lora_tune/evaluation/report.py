@@ -1,0 +1,92 @@
+"""What the evaluation found, for the terminal and for the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lora_tune.evaluation.metrics import METRICS
+
+if TYPE_CHECKING:
+    from lora_tune.evaluation.evaluate import Comparison, Sample, Score
+
+_ARROWS = {"lower": "↓", "higher": "↑"}
+_COLUMNS = ("metric", "base", "adapter", "difference", "95 % interval", "rows")
+_NOTE = "↑ higher is better, ↓ lower is better; paired bootstrap interval of adapter - base over the same held-out rows"
+_CELL = 600  # characters of one answer in the model card
+
+
+def scores_table(scores: dict[str, Score]) -> Table:
+    """The scores as a table; a difference whose interval excludes 0 is green where it is better and red where it is worse."""
+    table = Table(title="base against adapter", title_justify="left", caption=_NOTE, caption_justify="left")
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
+    for name, score in scores.items():
+        metric, base, adapter, difference, interval, rows = _cells(name, score)
+        style = {"better": "green", "worse": "red", "same": ""}[verdict(name, score)]
+        table.add_row(metric, base, adapter, Text(difference, style), Text(interval, style), rows)
+    return table
+
+
+def samples_table(samples: Sequence[Sample]) -> RenderableType:
+    """Held-out rows answered by base and adapter, side by side below the prompt and the reference."""
+    parts: list[RenderableType] = []
+    for number, sample in enumerate(samples, 1):
+        table = Table(title=f"sample {number} of {len(samples)}", title_justify="left", show_header=False, expand=True)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in (("prompt", sample.prompt), ("reference", sample.reference)):
+            table.add_row(name, Text(text))
+        table.add_row("base", Text(sample.base or "(nothing)", "dim"))
+        table.add_row("adapter", Text(sample.adapter or "(nothing)", "green"))
+        parts.append(table)
+    return Group(*parts)
+
+
+def verdict(name: str, score: Score) -> str:
+    """ "better", "worse" or "same": whether the interval of the difference lies wholly on one side of 0."""
+    if score.low <= 0 <= score.high:
+        return "same"
+    rose = score.low > 0
+    return "better" if rose == (METRICS[name].direction == "higher") else "worse"
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """Scores and samples in Markdown, for the card of the adapter."""
+    lines: list[str] = []
+    if comparison.scores:
+        lines += ["| " + " | ".join(_COLUMNS) + " |", "|---|" + "---:|" * (len(_COLUMNS) - 1)]
+        lines += ["| " + " | ".join(_cells(name, score)) + " |" for name, score in comparison.scores.items()]
+        lines += ["", _NOTE + "."]
+    if comparison.stopped:
+        lines += [
+            f"Answers are greedy and cut at {comparison.max_new_tokens} new tokens; ended by themselves: base "
+            f"{comparison.stopped['base']:.1%}, adapter {comparison.stopped['adapter']:.1%}."
+        ]
+    for number, sample in enumerate(comparison.samples, 1):
+        lines += ["", f"**Sample {number}**", ""]
+        for name, text in (
+            ("prompt", sample.prompt),
+            ("reference", sample.reference),
+            ("base", sample.base),
+            ("adapter", sample.adapter),
+        ):
+            lines += [f"*{name}*", "", _quoted(text), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cells(name: str, score: Score) -> tuple[str, ...]:
+    difference = f"{score.adapter - score.base:+.4f}"
+    interval = f"{score.low:+.4f} … {score.high:+.4f}"
+    arrow = _ARROWS[METRICS[name].direction]
+    return f"{name} {arrow}", f"{score.base:.4f}", f"{score.adapter:.4f}", difference, interval, str(score.rows)
+
+
+def _quoted(text: str) -> str:
+    """Text as an indented block, so that nothing in it is read as Markdown or HTML; long answers are cut."""
+    shown = text if len(text) <= _CELL else text[:_CELL] + " …"
+    return "\n".join("    " + line for line in (shown or "(nothing)").splitlines())

@@ -1,0 +1,133 @@
+"""Greedy answers in batches: what evaluation, samples and verification let a model say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from lora_tune.data.chat_template import ChatTemplate
+
+BATCH_TOKENS = 16_384  # prompt and answer tokens of one batch: 2 GiB of KV cache for an 8B base in bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model answered: the text, its token ids without the stop token, and whether a stop token ended it."""
+
+    text: str
+    ids: tuple[int, ...]
+    stopped: bool
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients, and every module of it back into the mode it was in.
+
+    Gradient checkpointing acts in training mode only, so that it stays set and a KV cache works meanwhile.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    chat: ChatTemplate,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Answer prompts (token ids that end with the generation prompt) greedily; answers come in the order of the
+    prompts.
+
+    Prompts of similar length share a batch, are padded on the left and end each by itself. Decoding is plain greedy
+    search: penalties and sampling of the base's `generation_config` are not used, so that base and adapter are asked in
+    the same way. Draws no random number; `progress(n)` is called after every batch with the number of its prompts.
+
+    Raises ValueError for an empty prompt.
+    """
+    if any(not len(prompt) for prompt in prompts):
+        raise ValueError("a prompt without tokens cannot be answered")
+    base = transformer(model)
+    answers: dict[int, Answer] = {}
+    with evaluating(model), _only_greedy(base, chat, max_new_tokens):
+        for batch in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
+            ids_BT, mask_BT = _left_padded([prompts[row] for row in batch], chat.pad_id, device=base.device)
+            output_BT = base.generate(input_ids=ids_BT, attention_mask=mask_BT)
+            for row, new_T in zip(batch, output_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
+                answers[row] = _answer(chat, new_T)
+            if progress:
+                progress(len(batch))
+    return [answers[row] for row in range(len(prompts))]
+
+
+def transformer(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model of transformers itself, with adapters in its layers where it has some."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+@contextmanager
+def _only_greedy(base: PreTrainedModel, chat: ChatTemplate, max_new_tokens: int) -> Iterator[None]:
+    """Replace the base's `generation_config` meanwhile: what a call leaves open, transformers takes from there."""
+    own = base.generation_config
+    base.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(chat.stop_ids),
+        pad_token_id=chat.pad_id,
+    )
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def _batches(lengths: Sequence[int], new_tokens: int, batch_size: int) -> Iterator[list[int]]:
+    """Row numbers in batches of at most `batch_size` rows and BATCH_TOKENS padded tokens, longest rows first."""
+    batch: list[int] = []
+    longest = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        longest = longest or lengths[row] + new_tokens
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest > BATCH_TOKENS):
+            yield batch
+            batch, longest = [], lengths[row] + new_tokens
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], pad_id: int, *, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (B, T), padded on the left."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids_BT = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros((len(prompts), longest), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, longest - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.long)
+        mask_BT[row, longest - len(prompt) :] = 1
+    return ids_BT.to(device), mask_BT.to(device)
+
+
+def _answer(chat: ChatTemplate, new_ids: list[int]) -> Answer:
+    """Cut a row of generated ids at its first stop token."""
+    end = next((place for place, token in enumerate(new_ids) if token in chat.stop_ids), None)
+    ids = tuple(new_ids if end is None else new_ids[:end])
+    return Answer(text=chat.decode_answer(ids), ids=ids, stopped=end is not None)

@@ -1,0 +1,212 @@
+"""The base in memory: quantized or not, on a GPU or a CPU, its dtype always explicit. The only caller of bitsandbytes."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lora_tune.errors import ResourceError, UsageError
+from lora_tune.model import hub
+from lora_tune.model.base_config import stored_bits
+from lora_tune.model.source import BaseSource
+from lora_tune.model.weights import weight_files
+from lora_tune.recipe import Base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def device_type() -> Literal["cuda", "cpu"]:
+    """Where a base is loaded: the CUDA GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_dtype(base: Base) -> torch.dtype:
+    """The dtype of activations and of unquantized weights.
+
+    `auto` is bfloat16 where the GPU has it in hardware, else float16 (T4, V100, RTX 20); on a CPU it is float32, which
+    is as fast there at the sizes that a CPU can train, and gives the same numbers on every machine.
+    """
+    if base.compute_dtype != "auto":
+        return _DTYPES[base.compute_dtype]
+    if device_type() == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_base(source: BaseSource, base: Base, *, trust_remote_code: str | None = None) -> PreTrainedModel:
+    """Load the frozen base in evaluation mode; of a hub base this downloads the weights into the hub's cache.
+
+    `trust_remote_code` is the repository whose Python code may run; it must be the base's own.
+
+    Raises:
+        UsageError: weights missing, damaged or of another model; code not trusted; attention not available.
+        ResourceError: the weights do not fit into the memory of the device.
+    """
+    if trust_remote_code is not None and trust_remote_code != source.name:
+        raise UsageError(
+            f"--trust-remote-code names another repository than the base {source.name!r}, got {trust_remote_code!r}",
+            "name the base's own repository, or leave the flag out",
+        )
+    if source.kind == "hub":
+        hub.download(source.name, revision=source.revision, patterns=hub.WEIGHT_FILES)
+    if not weight_files(source.folder):
+        raise UsageError(
+            f"base {source.name!r}: no safetensors weights there", "pickled weights (.bin) are not read: convert them"
+        )
+    with _quiet():
+        model = _from_pretrained(source, base, trusted=trust_remote_code is not None)
+    protect_from_repacking(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    where = f"base {source.name!r}"
+    settings: dict[str, Any] = {
+        "dtype": compute_dtype(base),
+        "device_map": {"": device_type()},
+        "attn_implementation": "sdpa" if base.attention == "auto" else base.attention,
+        "quantization_config": _quantization(source, base),
+        "use_safetensors": True,
+        "local_files_only": True,
+        "trust_remote_code": trusted,
+        "output_loading_info": True,
+    }
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(str(source.folder), **settings)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"{where}: its weights do not fit into GPU memory", "set base.quantize: nf4, or take a smaller base"
+        ) from error
+    except (ImportError, ValueError, OSError, KeyError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{where}: cannot be loaded: {reason}", _hint(str(error))) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise UsageError(
+            f"{where}: {len(missing)} tensors are missing from its weights or have another shape, got {missing[:3]}",
+            "config.json and weights must be of the same model: download the base again",
+        )
+    return model
+
+
+def _hint(reason: str) -> str:
+    if "flash" in reason.lower():
+        return "set base.attention: auto"
+    if "does not recognize this architecture" in reason or "model type" in reason:
+        return "a newer transformers may know this model type"
+    return "check that the folder holds the whole base"
+
+
+def _quantization(source: BaseSource, base: Base) -> Any:
+    """The quantization settings, or None: not wanted, or the base is stored quantized and brings its own."""
+    if base.quantize == "none" or stored_bits(source.config) is not None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if base.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=base.quantize,
+        bnb_4bit_use_double_quant=base.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype(base),
+    )
+
+
+def linear4bit_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """Names and modules of the 4-bit linear layers."""
+    with _quiet():
+        from bitsandbytes.nn import Linear4bit
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+
+
+def protect_from_repacking(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place at the first evaluation on a CPU with AVX512-BF16.
+
+    After that repacking the backward pass reads them in the wrong layout: gradients through the base are wrong without
+    a word (cosine 0.3 to 0.75 to the true ones with bitsandbytes 0.50.2).
+    """
+    for _, module in linear4bit_modules(model):
+        module.support_avx512bf16_for_cpu = False
+
+
+@torch.no_grad()
+def full_weight(module: torch.nn.Module) -> torch.Tensor:
+    """The weight of a linear layer as float32 (out, in), dequantized where it is quantized."""
+    from transformers.pytorch_utils import Conv1D
+
+    with _quiet():
+        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    weight = module.weight
+    if isinstance(module, Linear4bit):
+        return dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)
+    if isinstance(module, Linear8bitLt):
+        scale = weight.SCB if weight.SCB is not None else module.state.SCB
+        return weight.data.to(torch.float32) * (scale.to(torch.float32) / 127)[:, None]
+    return (weight.data.T if isinstance(module, Conv1D) else weight.data).to(torch.float32)
+
+
+def checkpoint_layers(model: PreTrainedModel, layers: Literal["all", "none"] | int) -> None:
+    """Recompute the activations of all, none or the first N decoder layers in the backward pass (not re-entrant).
+
+    Loss and gradients do not change; memory falls by what those layers would have kept.
+
+    Raises:
+        UsageError: the model does not support it.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if layers == "none" or layers == 0:
+        model.activation_checkpointing_disable()
+        return
+    try:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise UsageError(f"train.gradient_checkpointing: {error}", "set it to none") from error
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for index, block in enumerate(blocks):
+        block.gradient_checkpointing = layers == "all" or index < layers
+
+
+class _KnownNoise(logging.Filter):
+    """Drops two harmless messages of bitsandbytes, at its import and at every int8 forward, and nothing else."""
+
+    messages = ("Failed to load CPU gemm_4bit_forward", "MatMul8bitLt: inputs will be cast from")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.messages)
+
+
+_NOISE = _KnownNoise()
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+    logging.getLogger(_name).addFilter(_NOISE)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars of transformers and a deprecation inside bitsandbytes; real warnings pass."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*_check_is_size will be removed.*", category=FutureWarning)
+            yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()

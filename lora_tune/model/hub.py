@@ -1,0 +1,75 @@
+"""Downloads of a base from the Hugging Face hub, with one clear line for each way in which they fail (cold)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lora_tune.errors import UsageError
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "*.tiktoken", "chat_template.jinja",
+    "chat_template.json", "additional_chat_templates/*",
+)  # fmt: skip
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
+CODE_FILES = ("*.py",)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+
+
+def is_repository_id(name: str) -> bool:
+    """Whether the name can be that of a hub repository: `owner/name`, or `name` for the oldest ones."""
+    return _REPOSITORY.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def download(name: str, *, revision: str | None, patterns: tuple[str, ...]) -> tuple[Path, str]:
+    """Fetch the matching files of a repository (HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold); return folder and commit.
+
+    Offline, or where the hub does not answer, the copy in the local cache is used.
+
+    Raises:
+        UsageError: gated, private, missing, unknown revision, offline without a copy, hub out of reach.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    where = f"base {name!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except errors.GatedRepoError as error:
+        raise UsageError(
+            f"{where}: the repository is gated and this account has no access",
+            f"accept its terms on the hub (huggingface.co/{name}), then set HF_TOKEN to a token of that account",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UsageError(f"{where}: no such branch, tag or commit", "look at the repository's commits") from error
+    except errors.RepositoryNotFoundError as error:
+        raise UsageError(
+            f"{where}: no such repository on the hub, and no such folder; or it is private",
+            "check the spelling; for a private one set HF_TOKEN to a token that may read it",
+        ) from error
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError) as error:
+        raise UsageError(
+            f"{where}: not in the local cache, and the hub cannot be reached (offline)",
+            "unset HF_HUB_OFFLINE, check the network, or name a local folder",
+        ) from error
+    except errors.HFValidationError as error:
+        raise UsageError(f"{where}: neither a hub repository (owner/name) nor a folder", "check the name") from error
+    except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{where}: the download failed: {reason}", "check network, disk space and HF_TOKEN") from error
+    return folder, commit_of(folder) or ""
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of a snapshot folder in a hub cache (`…/models--owner--name/snapshots/<commit>`), else None."""
+    cached = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return folder.name if cached and _COMMIT.fullmatch(folder.name) else None
+
+
+def repository_of(folder: Path) -> str | None:
+    """The repository of a snapshot folder in a hub cache, else None."""
+    if commit_of(folder) is None:
+        return None
+    return "/".join(folder.parent.parent.name.removeprefix("models--").split("--", 1))

@@ -1,0 +1,141 @@
+"""Where a base comes from and whether it is one that can be trained: found and checked without reading a weight (cold)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lora_tune.errors import UsageError
+from lora_tune.model import hub
+from lora_tune.model.base_config import check_kind, check_stored_quantization, read_config
+from lora_tune.model.weights import fingerprint
+from lora_tune.recipe import Base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BUILTIN = "builtin:"
+_BUILTIN_ROOT = Path(__file__).resolve().parent.parent / "builtin"
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """A base that was found: its folder on this machine and how it is recorded elsewhere.
+
+    `name` is what adapters record: the hub id, `builtin:NAME`, or the folder's own name, never a path. `folder` holds
+    config.json and the tokenizer (hub: the snapshot folder in the cache, without weights until `load_base`).
+    `revision` is the commit of a hub base. `config` is config.json.
+    """
+
+    name: str
+    kind: Literal["builtin", "local", "hub"]
+    folder: Path
+    revision: str | None
+    config: dict[str, Any]
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """`quantization_config` of a base that is stored quantized (bitsandbytes 4 or 8 bit), else None."""
+        return self.config.get("quantization_config")
+
+    @property
+    def experts(self) -> int:
+        """Number of experts of a mixture of experts, 0 for a dense model."""
+        counts = (self.config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+        return next((count for count in counts if isinstance(count, int)), 0)
+
+
+def find_base(base: Base, *, trust_remote_code: str | None = None) -> BaseSource:
+    """Find the base of a recipe; of a hub base config and tokenizer are downloaded, not the weights.
+
+    `trust_remote_code` is the repository named on the command line, whose own Python code may run.
+
+    Raises:
+        UsageError: not found, no access, no causal language model, or stored in a way that LoRA cannot train on.
+    """
+    if trust_remote_code is not None and trust_remote_code != base.name:
+        raise UsageError(
+            f"--trust-remote-code names another repository than the base {base.name!r}, got {trust_remote_code!r}",
+            "name the base's own repository, or leave the flag out",
+        )
+    if base.name.startswith(_BUILTIN):
+        source = _builtin(base)
+    elif _is_path(base.name):
+        source = _local(base)
+    else:
+        files = (*hub.CONFIG_FILES, *hub.TOKENIZER_FILES, *(hub.CODE_FILES if trust_remote_code else ()))
+        folder, commit = hub.download(base.name, revision=base.revision, patterns=files)
+        source = BaseSource(base.name, "hub", folder, commit, read_config(folder, base.name))
+    check_kind(source.config, source.name, code="trusted" if trust_remote_code else "refused")
+    check_stored_quantization(source.config, source.name, quantize=base.quantize)
+    return source
+
+
+def _is_path(name: str) -> bool:
+    path = Path(name)
+    return path.is_absolute() or name.startswith((".", "~")) or path.is_dir() or not hub.is_repository_id(name)
+
+
+def _builtin(base: Base) -> BaseSource:
+    folder = _BUILTIN_ROOT / base.name.removeprefix(_BUILTIN)
+    known = sorted(path.parent.name for path in _BUILTIN_ROOT.glob("*/config.json"))
+    if folder.name not in known or folder.parent != _BUILTIN_ROOT:
+        names = ", ".join(_BUILTIN + name for name in known) or "none"
+        raise UsageError(f"no built-in base of that name, got {base.name!r}", f"there are: {names}")
+    _refuse_revision(base)
+    return BaseSource(base.name, "builtin", folder, None, read_config(folder, base.name))
+
+
+def _local(base: Base) -> BaseSource:
+    folder = Path(base.name).expanduser().resolve()
+    if not folder.is_dir():
+        what = "a file, not a folder" if folder.exists() else "no such folder"
+        raise UsageError(f"base: {what}, got {base.name!r}", "name a folder with config.json, or a hub id (owner/name)")
+    _refuse_revision(base)
+    config = read_config(folder, base.name)
+    return BaseSource(hub.repository_of(folder) or folder.name, "local", folder, hub.commit_of(folder), config)
+
+
+def _refuse_revision(base: Base) -> None:
+    if base.revision is not None:
+        raise UsageError(
+            f"base.revision: only a hub base has revisions, got {base.revision!r} for {base.name!r}", "leave it out"
+        )
+
+
+def base_fingerprint(source: BaseSource) -> str:
+    """SHA-256 of the base's weights (names, dtypes, shapes, both ends of each tensor), whatever the sharding.
+
+    Raises:
+        UsageError: the weights are not there (a hub base before `load_base`) or damaged.
+    """
+    return fingerprint(source.folder)
+
+
+def matches(name: str, modules: Iterable[str]) -> list[str]:
+    """The modules that a name means: the whole dotted path, or the end of it, as PEFT matches `target_modules`."""
+    return [module for module in modules if module == name or module.endswith("." + name)]
+
+
+def load_tokenizer(
+    source: BaseSource, *, new_tokens: Sequence[str] = (), trust_remote_code: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base with `new_tokens` added; never one that has lost its vocabulary.
+
+    Raises:
+        UsageError: missing, damaged, a Git LFS pointer, or more tokens than the base has embeddings.
+        RecipeError: a new token is there already.
+    """
+    from lora_tune.model.tokenizer import read_tokenizer
+
+    code = "trusted" if trust_remote_code == source.name else "refused"
+    tokenizer = read_tokenizer(source.folder, name=source.name, new_tokens=new_tokens, code=code)
+    rows = source.config.get("vocab_size")
+    if isinstance(rows, int) and len(tokenizer) - len(new_tokens) > rows:
+        raise UsageError(
+            f"base {source.name!r}: its tokenizer has {len(tokenizer)} tokens, but the base only {rows} embeddings",
+            "take tokenizer and weights from the same repository",
+        )
+    return tokenizer

@@ -1,0 +1,315 @@
+"""The adapter folder: which files it may hold, its manifest, and who may write into it.
+
+The run folder is the adapter folder. Everything in it is safetensors, JSON, YAML, Markdown or PNG; `manifest.json` is
+written last and is the commit point: a folder without one holds an unfinished run. `adapters/README.md` describes the
+format for other tools.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lora_tune.adapter.regular_file import read_json, read_json_object
+from lora_tune.errors import CheckFailed, Problem, UsageError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+TEMPLATE = "chat_template.jinja"
+VECTORS = "test_vectors.json"
+CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"  # inside the checkpoints folder, so that it is never shared
+_MANIFEST_BYTES = 8 << 20
+_JSON_BYTES = 64 << 20
+
+FILES: dict[str, str] = {
+    CONFIG: "PEFT's configuration of the adapter",
+    WEIGHTS: "the adapter's tensors under PEFT's names",
+    "tokenizer.json": "the tokenizer",
+    "tokenizer_config.json": "the tokenizer's settings and special tokens",
+    "special_tokens_map.json": "special tokens (older tokenizers)",
+    "added_tokens.json": "added tokens (older tokenizers)",
+    "tokenizer.model": "the SentencePiece model (older tokenizers)",
+    "vocab.json": "the vocabulary (older tokenizers)",
+    "vocab.txt": "the vocabulary (older tokenizers)",
+    "merges.txt": "the merges (older tokenizers)",
+    TEMPLATE: "the chat template that training used",
+    "recipe.yaml": "the recipe that was run, with every value resolved",
+    "ledger.json": "what became of every row and token that was read",
+    VECTORS: "prompts with log-probabilities, to prove that base, template and adapter really loaded",
+    "metrics.jsonl": "one line for each optimizer step",
+    "loss.png": "the loss as a curve",
+    "README.md": "the model card",
+    MANIFEST: "hashes of all other files, identities of base and data, scores",
+}
+"""Every file that a run folder may hold, besides the sub-folder `checkpoints/`, which is never shared."""
+
+Mode = Literal["new", "resume", "overwrite"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class FileRecord(_Record):
+    """One file of the folder."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    size: Annotated[int, Field(ge=0)]
+    """Bytes."""
+
+
+class BaseRecord(_Record):
+    """The base model that the adapter belongs to, and how it was held in training."""
+
+    name: str
+    """Hub id, `builtin:<name>`, or the name (never the path) of a local folder."""
+    kind: Literal["builtin", "local", "hub"]
+    revision: str | None = None
+    """Commit of a hub base."""
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """sha256 over names, dtypes, shapes and the ends of all tensors; independent of sharding."""
+    quantize: Literal["nf4", "fp4", "int8", "none"]
+    double_quant: bool = True
+    compute_dtype: Literal["bfloat16", "float16", "float32"]
+    attention: str = "auto"
+
+
+class ChatRecord(_Record):
+    """The chat template and the tokens that end an answer."""
+
+    template_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    origin: Literal["base", "file", "default"]
+    """Where the template comes from: the base, a file that the recipe names, or the documented default."""
+    eos_id: int
+    pad_id: int
+    stop_ids: tuple[int, ...]
+
+
+class DataRecord(_Record):
+    """One file or data set that rows were read from."""
+
+    name: str
+    """File name or hub id, never a path."""
+    format: str
+    sha256: str
+    rows: int
+    revision: str | None = None
+
+
+class TrainingRecord(_Record):
+    """What training did, with every value that was resolved at run time."""
+
+    method: str
+    steps: int
+    epochs: float | None = None
+    rows: int | None = None
+    tokens: int | None = None
+    """Tokens that went through the model, padding excluded."""
+    trained_tokens: int | None = None
+    """Tokens with a loss."""
+    seconds: float | None = None
+    final_loss: float | None = None
+    batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    max_length: int
+    learning_rate: float
+    optimizer: str
+    schedule: str
+    gradient_checkpointing: int | str | None = None
+    trainable_parameters: int | None = None
+    peak_gib: float | None = None
+    device: str | None = None
+    """Kind of device, such as `cpu` or `NVIDIA L4`; never a host name."""
+
+
+class ScoreRecord(_Record):
+    """One metric of base and adapter on the same held-out rows."""
+
+    base: float
+    adapter: float
+    low: float
+    """Lower end of the 95 % paired bootstrap interval of adapter - base."""
+    high: float
+    rows: int
+
+
+class Manifest(_Record):
+    """`manifest.json`, format 1."""
+
+    format: Literal[1] = 1
+    tool: str
+    """Name and version of the writer."""
+    created: str
+    """UTC, ISO 8601."""
+    files: dict[str, FileRecord]
+    base: BaseRecord
+    chat: ChatRecord
+    data: tuple[DataRecord, ...]
+    libraries: dict[str, str]
+    seed: int
+    ledger: dict[str, Any]
+    training: TrainingRecord
+    scores: dict[str, ScoreRecord] = {}
+
+
+def file_record(path: Path) -> FileRecord:
+    """The sha256 and the size in bytes of a file."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileRecord(sha256=digest, size=path.stat().st_size)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished run.
+
+    Raises: CheckFailed where there is none, or it is not a manifest of this format.
+    """
+    path = folder / MANIFEST
+    if not path.is_symlink() and not path.exists():
+        raise CheckFailed(Problem("no manifest: the run is not finished, or another tool wrote this folder", file=str(path)))
+    content = read_json_object(path, max_bytes=_MANIFEST_BYTES)
+    if content.get("format") != FORMAT:
+        fix = "install a newer lora_tune"
+        raise CheckFailed(Problem(f"manifest format {FORMAT} is read here, got {content.get('format')!r}"[:200], fix, str(path)))
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise CheckFailed(
+            [
+                Problem(issue["msg"], "write the folder again", str(path), key=".".join(map(str, issue["loc"])))
+                for issue in error.errors()
+            ]
+        ) from None
+
+
+def read_part(folder: Path, name: str) -> Any:
+    """The content of one of the folder's JSON files, such as `ledger.json`. Raises: CheckFailed."""
+    return read_json(folder / name, max_bytes=_JSON_BYTES)
+
+
+def write_file(folder: Path, name: str, data: bytes) -> Path:
+    """Write one documented file under a temporary name, flush it to the disk, then rename it.
+
+    Raises: UsageError where the disk refuses.
+    """
+    if name not in FILES and not name.startswith("example"):
+        raise ValueError(f"{name} is no file of an adapter folder")
+    target, temporary = folder / name, folder / f".{name}.tmp"
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(target, error) from None
+    return target
+
+
+def write_json(folder: Path, name: str, content: Any) -> Path:
+    """Write one documented JSON file; numbers must be finite. Raises: UsageError where the disk refuses."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    return write_file(folder, name, (text + "\n").encode())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every documented file that is there and write the manifest: from now on the run counts as finished.
+
+    `manifest.files` is filled in here. Returns the manifest as written.
+    """
+    present = sorted(name for name in FILES if name != MANIFEST and (folder / name).is_file())
+    complete = manifest.model_copy(update={"files": {name: file_record(folder / name) for name in present}})
+    write_json(folder, MANIFEST, complete.model_dump(mode="json"))
+    return complete
+
+
+@contextmanager
+def claim_folder(folder: Path, mode: Mode) -> Iterator[None]:
+    """Hold a run folder while a run writes into it; a second run is refused at once.
+
+    `new` wants a folder that is missing or empty, `resume` one that is missing, empty or an unfinished run,
+    `overwrite` removes what a run folder is documented to hold (`FILES`, `checkpoints/`) and nothing else.
+
+    Raises: UsageError.
+    """
+    _refuse_use(folder, mode)
+    checkpoints = folder / CHECKPOINTS
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(checkpoints / _LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        fix = "wait for it, or choose another output"
+        raise UsageError(Problem("another run is writing into this folder", fix, str(folder), key="output")) from None
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    try:
+        _refuse_use(folder, mode)  # what another run finished between the look and the lock
+        if mode == "overwrite":
+            _remove_documented(folder)
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse_use(folder: Path, mode: Mode) -> None:
+    """Raise UsageError where `mode` does not fit to what the folder holds."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(Problem("is a file", "choose another output", str(folder), key="output"))
+    held = _held(folder)
+    if not held:
+        return
+    known = [name for name in held if name in FILES or name == CHECKPOINTS]
+    shown = ", ".join(held[:3]) + (" …" if len(held) > 3 else "")
+    if mode == "new":
+        fix = "choose another output" if not known else "continue with --resume, start again with --overwrite, or choose another output"
+        raise UsageError(Problem(f"the folder is in use: it holds {shown}", fix, str(folder), key="output"))
+    if not known:
+        raise UsageError(Problem(f"is no run folder: it holds {shown}", "choose another output", str(folder), key="output"))
+    if mode == "resume" and MANIFEST in held:
+        fix = "start again with --overwrite, or continue it as a new run with lora.start_from"
+        raise UsageError(Problem("the run is finished", fix, str(folder), key="output"))
+
+
+def _held(folder: Path) -> list[str]:
+    """What the folder holds, the empty checkpoints folder and its lock left out."""
+    if not folder.is_dir():
+        return []
+    names = sorted(entry.name for entry in folder.iterdir())
+    checkpoints = folder / CHECKPOINTS
+    if CHECKPOINTS in names and checkpoints.is_dir() and all(entry.name == _LOCK for entry in checkpoints.iterdir()):
+        names.remove(CHECKPOINTS)
+    return names
+
+
+def _remove_documented(folder: Path) -> None:
+    """Remove an older run, its manifest first, so that half a folder never counts as finished."""
+    try:
+        for name in (MANIFEST, *(name for name in FILES if name != MANIFEST)):
+            (folder / name).unlink(missing_ok=True)
+            (folder / f".{name}.tmp").unlink(missing_ok=True)
+        for entry in (folder / CHECKPOINTS).iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name != _LOCK:
+                entry.unlink()
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    return UsageError(Problem(f"cannot be written: {error.strerror}", "choose another output", str(path), key="output"))

@@ -1,0 +1,96 @@
+"""The one loader of adapters in the project: whatever it loads has passed the checks first.
+
+PEFT's own loading obeys the folder: it may rewrite the base's weights (`init_lora_weights`), overwrite them (a tensor
+named like one of the base's) or leave out what does not fit, without a word. Here the layers are made from settings that
+were checked, and the tensors are put into exactly these layers, in the dtype of the file; everything else is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from lora_tune.adapter.checks import Subject, run_checks
+from lora_tune.adapter.folder import WEIGHTS
+from lora_tune.errors import CheckFailed, Problem
+from lora_tune.model.methods import SavedAdapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_SETTINGS = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "trainable_token_indices", "fan_in_fan_out", "use_rslora", "use_dora",
+    "ensure_weight_tying",
+)  # fmt: skip
+"""Fields of `adapter_config.json` that decide what an adapter computes; no other one reaches PEFT."""
+
+
+def read_adapter(folder: Path) -> SavedAdapter:
+    """The configuration and the tensors of an adapter folder, on the CPU, in the dtypes of the file.
+
+    Raises: CheckFailed with every problem that the checks without a base find.
+    """
+    subject = Subject(folder)
+    _refuse(run_checks(subject))
+    return SavedAdapter(config=subject.content, tensors=load_file(folder / WEIGHTS))
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, *, name: str = "default") -> PeftModel:
+    """Put the adapter of a folder on a base, for use, not for training; the base's own weights stay as they are.
+
+    `model` is wrapped and changed in place, like by PEFT itself. The global random numbers are not touched.
+
+    Raises: CheckFailed where the folder fails a check, or its tensors are not exactly those that the base implies.
+    """
+    subject = Subject(folder, shapes=live_shapes(model))
+    _refuse(run_checks(subject))
+    return attach_saved(model, SavedAdapter(config=subject.content, tensors=load_file(folder / WEIGHTS)), name=name)
+
+
+def attach_saved(model: PreTrainedModel, saved: SavedAdapter, *, name: str = "default") -> PeftModel:
+    """Put an adapter that is already in memory, and checked, on a base. Raises: CheckFailed where it does not fit."""
+    settings = {key: saved.config[key] for key in _SETTINGS if saved.config.get(key) is not None}
+    config = LoraConfig(task_type="CAUSAL_LM", inference_mode=True, lora_dropout=0.0, **settings)
+    devices = [device for device in {parameter.device for parameter in model.parameters()} if device.type == "cuda"]
+    with torch.random.fork_rng(devices=devices):  # PEFT draws numbers for A, which are overwritten below
+        wrapped = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+    _put(wrapped, saved.tensors, name=name)
+    wrapped.requires_grad_(False)
+    return wrapped.eval()
+
+
+def live_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """{parameter: shape} of a loaded base; a quantized matrix counts with its real shape (out, in), not the packed one."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            shapes[f"{name}.weight"] = (module.out_features, module.in_features)
+    return shapes
+
+
+def _put(model: PeftModel, tensors: Mapping[str, torch.Tensor], *, name: str) -> None:
+    """Give every tensor of the adapter, shapes as in the file, to the one parameter that it belongs to."""
+    slots = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    missing, extra = sorted(slots.keys() - tensors.keys()), sorted(tensors.keys() - slots.keys())
+    for fault, keys in (("is missing", missing), ("has no place in this base", extra)):
+        if keys:
+            raise CheckFailed(Problem(f"{len(keys)} tensors: {keys[0]} {fault}", "give the base of this adapter", WEIGHTS))
+    own = {parameter.data_ptr(): parameter for parameter in model.parameters()}
+    for key, slot in slots.items():
+        parameter, tensor = own[slot.data_ptr()], tensors[key]
+        if parameter.shape != tensor.shape:
+            reason = f"{key} must have the shape {list(parameter.shape)}, got {list(tensor.shape)}"
+            raise CheckFailed(Problem(reason, "give the base of this adapter", WEIGHTS))
+        parameter.data = tensor.to(parameter.device)
+
+
+def _refuse(problems: list[Problem]) -> None:
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        raise CheckFailed(errors)

@@ -7,16 +7,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-SHARE = re.compile(r"(\d+(?:\.\d+)?) ?%")
-OPTIMIZERS = ("auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion_8bit", "sgd")
-SCHEDULES = ("cosine", "linear", "constant", "polynomial", "inverse_sqrt")
-METRICS = ("loss", "exact_match", "rouge_l")
-TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
+SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
 
 
 def share_of(amount: int | str, total: int) -> int:
@@ -29,8 +27,20 @@ def share_of(amount: int | str, total: int) -> int:
     return int(total * float(match[1]) / 100 + 0.5)
 
 
-def _refuse(expected: str) -> PydanticCustomError:
-    return PydanticCustomError("expected", "{expected}", {"expected": expected})
+def _refuse(expected: str, fix: str = "") -> PydanticCustomError:
+    """A value that cannot be: what it must be, and what to do."""
+    return PydanticCustomError("expected", "{expected}", {"expected": expected, "fix": fix})
+
+
+def _conflict(found: list[tuple[str, str, str]]) -> PydanticCustomError:
+    """Values that are right alone and wrong together: (key below the section, reason, fix) of each."""
+    text = "; ".join(f"{key} {reason}" for key, reason, _ in found)
+    return PydanticCustomError("conflict", "{text}", {"text": text, "found": found})
+
+
+def _share_fix(value: Any) -> str:
+    """`0.03` was meant as a share: say how it is written."""
+    return f"write {100 * value:g}%" if isinstance(value, float) and 0 < value < 1 else ""
 
 
 def _is_count(value: Any, least: int) -> bool:
@@ -42,7 +52,7 @@ def _amount(value: Any) -> Any:
     match = SHARE.fullmatch(value) if isinstance(value, str) else None
     if _is_count(value, 0) or (match and float(match[1]) <= 100):
         return value
-    raise _refuse("must be a whole number from 0 on or a share from 0% to 100%")
+    raise _refuse("must be a whole number from 0 on or a share from 0% to 100%", _share_fix(value))
 
 
 def _hold_out(value: Any) -> Any:
@@ -52,7 +62,7 @@ def _hold_out(value: Any) -> Any:
         raise _refuse("must leave rows to train on: a share below 100%")
     if _is_count(value, 0) or match or (isinstance(value, str) and value.strip()):
         return value
-    raise _refuse("must be a share such as 2%, a number of rows from 0 on, or a data file")
+    raise _refuse("must be a share such as 2%, a number of rows from 0 on, or a data file", _share_fix(value))
 
 
 def _auto_or_count(value: Any) -> Any:
@@ -87,6 +97,12 @@ def _strings(value: Any) -> Any:
     raise _refuse("must be a list of text")
 
 
+def _sources(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and value:
+        return tuple(value)
+    raise _refuse("must be a list with at least one source", "write a line `- source: <file or data set>` below data:")
+
+
 def _schema(*kinds: dict[str, Any]) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": list(kinds)} if len(kinds) > 1 else kinds[0])
 
@@ -108,7 +124,7 @@ Targets = Annotated[
 Strings = Annotated[tuple[str, ...], BeforeValidator(_strings), _schema(_LIST_SCHEMA)]
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Section(BaseModel):
@@ -163,7 +179,8 @@ class DataSource(Section):
     @model_validator(mode="after")
     def _table_needs_columns(self) -> DataSource:
         if self.format == "table" and not {"prompt", "completion"} <= set(self.columns or {}):
-            raise _refuse("format table needs columns: {prompt: <column>, completion: <column>}")
+            fix = "add columns: {prompt: <column of the file>, completion: <column of the file>}"
+            raise _conflict([("format", "table needs to know which columns are prompt and completion", fix)])
         return self
 
 
@@ -219,7 +236,7 @@ class Train(Section):
     """Sequences per optimizer step (packed rows where packing is on)."""
     micro_batch_size: AutoCount = "auto"
     """Sequences per forward pass; accumulation is batch_size / micro_batch_size. auto: the largest that fits."""
-    max_length: Annotated[int, Field(ge=2)] = 2048
+    max_length: Annotated[int, Field(ge=2, lt=2**31)] = 2048
     """Tokens per sequence."""
     too_long: Literal["truncate", "drop", "split"] = "truncate"
     """What happens to a longer row; rows of format `text` are always split."""
@@ -271,15 +288,21 @@ class Recipe(Section):
     """One run: a base, data, an adapter, how to train and evaluate it, and where it goes."""
 
     base: Base
-    data: Annotated[tuple[DataSource, ...], Field(min_length=1, strict=False)]
+    """The base model that stays frozen."""
+    data: Annotated[tuple[DataSource, ...], BeforeValidator(_sources), Field(json_schema_extra={"minItems": 1})]
+    """Where the training rows come from."""
     loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which turns are trained: all answers, the last answer, or every token."""
     lora: Lora = Lora()
+    """The adapter that is trained."""
     train: Train = Train()
+    """How the adapter is trained."""
     eval: Eval = Eval()
+    """What shows that it learned."""
     limits: Limits = Limits()
+    """Above a limit the run stops before training (exit 3)."""
     output: Text
-    """Folder of the adapter; relative to the working folder."""
+    """Folder of the adapter (the run's folder); relative to the working folder."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of everything random."""
     track: Annotated[tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...], BeforeValidator(_strings)] = ()
@@ -287,23 +310,45 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        held_out = self.eval.hold_out not in (0, "0%")
-        for key in ("metrics", "every", "stop_after"):
-            if getattr(self.eval, key) and not held_out:
-                raise PydanticCustomError("eval." + key, "needs held-out rows, but no row is held out (eval.hold_out)")
-        for key in ("keep_best", "stop_after"):
-            if getattr(self.eval, key) and not self.eval.every:
-                raise PydanticCustomError("eval." + key, "needs evaluations during training: set eval.every")
-        micro = self.train.micro_batch_size
-        if micro != "auto" and self.train.batch_size % micro:
-            raise PydanticCustomError("train.micro_batch_size", "must divide train.batch_size without a rest")
-        if self.lora.plus_ratio and self.train.optimizer in ("adafactor", "sgd", "lion_8bit"):
-            raise PydanticCustomError("lora.plus_ratio", "needs an AdamW optimizer")
+        if found := [*self._evaluation_conflicts(), *self._training_conflicts()]:
+            raise _conflict(found)
         return self
+
+    def _evaluation_conflicts(self) -> Iterator[tuple[str, str, str]]:
+        evaluation = self.eval
+        asked = {"metrics": evaluation.metrics, "every": evaluation.every, "stop_after": evaluation.stop_after}
+        for key in [key for key, value in asked.items() if value and not self.holds_out]:
+            reason = f"holds no row out, but eval.{key} needs held-out rows"
+            yield "eval.hold_out", reason, f"write a share such as 2%, or remove eval.{key}"
+        if evaluation.every is None:
+            for key, value in {"keep_best": evaluation.keep_best, "stop_after": evaluation.stop_after}.items():
+                if value:
+                    yield f"eval.{key}", "needs evaluations during training", "set eval.every"
+
+    def _training_conflicts(self) -> Iterator[tuple[str, str, str]]:
+        micro, batch = self.train.micro_batch_size, self.train.batch_size
+        if micro != "auto" and batch % micro:
+            reason = f"must divide train.batch_size {batch} without a rest"
+            yield "train.micro_batch_size", reason, "write auto, or a divisor"
+        if self.lora.plus_ratio and self.train.optimizer in ("adafactor", "sgd", "lion_8bit"):
+            yield "lora.plus_ratio", "needs an AdamW optimizer", "set train.optimizer: adamw, or remove lora.plus_ratio"
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are kept out of training."""
+        return not re.fullmatch(r"0+(\.0+)? ?%?", str(self.eval.hold_out))
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics in force: those asked for, else `loss` where rows are held out."""
         if self.eval.metrics is not None:
             return self.eval.metrics
-        return ("loss",) if self.eval.hold_out not in (0, "0%") else ()
+        return ("loss",) if self.holds_out else ()
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model behind a field that is a section or a list of sections; None for a plain value."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None

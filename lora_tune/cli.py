@@ -1,0 +1,60 @@
+"""`lora-tune VERB …`: the table of commands; only the chosen one is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from lora_tune import __version__
+from lora_tune.errors import Problem
+from lora_tune.terminal import print_json, print_problems, run_app
+
+# verb: (module with `app: typer.Typer`, help in one line)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("lora_tune.run", "Train one adapter from one recipe."),
+    "preview": ("lora_tune.preview", "Show the rows as they will be trained: tokens, loss mask, ledger."),
+    "adapters": ("lora_tune.adapters", "Look at adapter folders and verify them."),
+    "merge": ("lora_tune.merge", "Fold an adapter into its base and prove it."),
+    "recipe": ("lora_tune.recipes", "Check a recipe; print the JSON Schema of recipes."),
+}
+HELP = f"""lora-tune {__version__}: from one recipe to a proven LoRA adapter folder.
+
+Usage: lora-tune VERB ...        the same as: python -m lora_tune VERB ...
+
+{chr(10).join(f"  {verb:<10} {line}" for verb, (_, line) in COMMANDS.items())}
+
+  VERB --help    its arguments
+  --version      the version
+
+Exit codes: 0 ok, 1 a check was refused, 2 usage or recipe, 3 content of data, 4 memory, disk or time, 128+N a signal.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code. `arguments`: without the program's name; default: those of the process."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("--help", "-h", "help"):
+        sys.stdout.write(HELP)
+        return 0 if given else 2
+    if given[0] in ("--version", "-V"):
+        sys.stdout.write(f"lora-tune {__version__}\n")
+        return 0
+    verb, *rest = given
+    if verb not in COMMANDS:
+        nearest = get_close_matches(verb, COMMANDS, n=1, cutoff=0.4)
+        fix = f"did you mean {nearest[0]}?" if nearest else f"the verbs are {', '.join(COMMANDS)}"
+        problems = [Problem(f"no such command, got {verb!r}", fix)]
+        if "--json" in rest:
+            print_json({"exit_code": 2}, problems)
+        else:
+            print_problems(problems)
+        return 2
+    module, _ = COMMANDS[verb]
+    return run_app(importlib.import_module(module).app, name=f"lora-tune {verb}", arguments=rest)
+
+
+def entry() -> None:
+    """The `lora-tune` command."""
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""The terminal: results on stdout, progress and problems on stderr, and the one place that runs a command.
+
+Colour follows the terminal and NO_COLOR. Text that comes from files is never read as markup, and its control
+characters are shown instead of sent.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_tune import __version__
+from lora_tune.errors import LoraTuneError, Problem, ResourceError, UsageError
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console
+    from rich.progress import Progress
+
+DEBUG = "LORA_TUNE_DEBUG"
+LOG = "lora_tune_error.log"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_activity: list[str] = []  # what the command is doing, innermost last: for the report of a fault
+
+
+def printable(text: str) -> str:
+    """The text with control characters (colours, cursor moves, direction marks) shown as \\x1b instead of sent."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def results() -> Console:
+    """The console for results, on stdout; no colour where it is not a terminal or NO_COLOR is set."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, soft_wrap=True)
+
+
+def messages() -> Console:
+    """The console for progress and problems, on stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_problems(problems: Sequence[Problem], *, shown: int = 20) -> None:
+    """One line a problem on stderr, errors in red, warnings in yellow; the first `shown` in full."""
+    console = messages()
+    styles = {"error": "red", "warning": "yellow", "note": "dim"}
+    for problem in problems[:shown]:
+        word = "" if problem.severity == "error" else f"{problem.severity}: "
+        console.print(printable(word + str(problem)), style=styles[problem.severity])
+    if len(problems) > shown:
+        console.print(f"… and {len(problems) - shown} more (all of them with --json)")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table on stdout: first column left, the others right; `columns` carry the units, such as `peak (GiB)`."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        table.add_column(Text(column), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(number_text(value))) for value in row))
+    results().print(table, soft_wrap=False)
+
+
+def number_text(value: object) -> str:
+    """A value for people: 1234567 as 1,234,567, floats with four digits, None as a dash, everything else as it is."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def print_json(facts: Mapping[str, Any], problems: Sequence[Problem] = ()) -> None:
+    """The one object that `--json` prints: the facts and `problems`."""
+    sys.stdout.write(json.dumps({**facts, "problems": [problem.as_json() for problem in problems]}, allow_nan=False) + "\n")
+
+
+@contextmanager
+def activity(doing: str) -> Iterator[None]:
+    """Names what is being done (`loading the base`), on stderr where that is a terminal, and in the report of a fault."""
+    _activity.append(doing)
+    console = messages()
+    if console.is_terminal:
+        with console.status(f"{printable(doing)} …"):
+            yield
+    else:
+        yield
+    _activity.pop()  # kept when an exception passes: run_app names it
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A rich progress bar on stderr, with count, share and remaining time; silent where stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = messages()
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(
+        text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
+        yield progress
+
+
+def run_app(app: typer.Typer, *, name: str, arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code; the one place where an error becomes a line, or the `--json` object.
+
+    0 ok, 1 to 4 as in errors.py, 130 for Ctrl-C. A fault of the program itself is named with what was being done (1);
+    with LORA_TUNE_DEBUG=1 its traceback is written to lora_tune_error.log in the working folder.
+    """
+    import typer.main
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    _activity.clear()
+    try:
+        outcome = typer.main.get_command(app).main(given, prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
+        return outcome if isinstance(outcome, int) else 0
+    except BrokenPipeError:  # the reader left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        found = _as_error(error, name)
+    if "--json" in given:
+        print_json({"exit_code": found.exit_code}, found.problems)
+    else:
+        print_problems(found.problems)
+    return found.exit_code
+
+
+def _as_error(error: Exception, name: str) -> LoraTuneError:
+    """What the user is told about an exception that ended a command."""
+    import typer
+
+    if isinstance(error, LoraTuneError):
+        return error
+    if isinstance(error, typer.TyperException):
+        return UsageError(error.format_message().rstrip("."), f"see {name} --help")
+    if isinstance(error, typer.Abort):
+        return UsageError("stopped at a question", f"see {name} --help")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"the disk is full, while {_doing(name)}", "make room; --resume goes on from the newest checkpoint")
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return UsageError(f"{error.filename}: permission denied, while {_doing(name)}", "allow it, or name another path")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own, without torch
+        return ResourceError(f"the memory is full, while {_doing(name)}", "lower train.micro_batch_size or train.max_length")
+    return _fault(error, name)
+
+
+def _fault(error: Exception, name: str) -> LoraTuneError:
+    """A fault of the program: what was being done, what Python said, where the traceback is."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    fix = f"please report it; run again with {DEBUG}=1 to write the traceback to {LOG}"
+    if os.environ.get(DEBUG) == "1":
+        Path(LOG).write_text(f"lora_tune {__version__}\n{''.join(traceback.format_exception(error))}")
+        fix = f"please report it with {LOG}"
+    return LoraTuneError(f"a fault in lora_tune, while {_doing(name)}: {said}", fix)
+
+
+def _doing(name: str) -> str:
+    return _activity[-1] if _activity else f"running {name}"

@@ -1,0 +1,58 @@
+"""Shared fixtures: a tiny base, the corpus of odd inputs, and an environment without network, colours or secrets."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    NO_COLOR="1",
+    MPLBACKEND="Agg",
+)
+for name in ("HF_TOKEN", "LORA_TUNE_DEBUG", "FORCE_COLOR", "CLICOLOR_FORCE"):
+    os.environ.pop(name, None)
+
+import tiny  # noqa: E402  (it may import nothing before the environment is set)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a two-layer random Llama with a byte-level tokenizer (260 tokens) and a ChatML template."""
+    return tiny.write_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Path:
+    """The folder of odd and hostile inputs, by LORA_TUNE_CORPUS; skipped without it, failed where it is required."""
+    named = os.environ.get("LORA_TUNE_CORPUS", "")
+    if named and Path(named).is_dir():
+        return Path(named)
+    if os.environ.get("LORA_TUNE_CORPUS_REQUIRED") == "1":
+        pytest.fail(f"LORA_TUNE_CORPUS must name the corpus folder, got {named!r}")
+    pytest.skip("LORA_TUNE_CORPUS does not name the corpus folder")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` run only where a CUDA device is."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

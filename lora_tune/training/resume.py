@@ -1,0 +1,137 @@
+"""Saving and resuming a training: which files a checkpoint has, and how the trainer gets its state back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from lora_tune.training import checkpoint, state
+from lora_tune.training.evaluations import Evaluations, Standing
+from lora_tune.training.schedule import Steps
+
+_TRAINER_STATE = "trainer_state.json"  # the name that transformers reads
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What a run knows besides how to train; all of it may be left out.
+
+    `identity` is compared field by field at resume; `resolved` holds values fixed at the start of the run; both stand
+    in every checkpoint. `groups` makes the optimizer's parameter groups (LoRA+). `sources` names the data sources
+    by number for messages about rows. `callbacks` are the display and the trackers.
+    """
+
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+    groups: Callable[[], list[dict[str, Any]]] | None = None
+    sources: Sequence[str] = ()
+    callbacks: Sequence[TrainerCallback] = ()
+    report: Callable[[str], None] = print
+
+
+class ResumableTrainer(Trainer):
+    """The part of a trainer that saves and restores checkpoints of our own instead of transformers' pickles.
+
+    The overridden methods are those by which transformers 5 resumes; all of them get the folder of a checkpoint.
+    """
+
+    facts: RunFacts
+    steps: Steps
+    evaluations: Evaluations | None
+    keep_checkpoints: int
+    saved_step: int | None = None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        if self.saved_step == step:
+            return
+        try:
+            checkpoint.save(Path(self.args.output_dir), step, self._files(), keep=self.keep_checkpoints)
+        except OSError as error:
+            self.facts.report(f"checkpoint of step {step} was not written, training goes on: {error}")
+            return
+        self.saved_step = step
+
+    def _files(self) -> dict[str, checkpoint.Writer]:
+        """What a checkpoint consists of, as functions that write it."""
+        tensors = state.trainable_tensors(self.model)
+        scaler = self.accelerator.scaler
+        run = {
+            "identity": dict(self.facts.identity),
+            "resolved": dict(self.facts.resolved),
+            "steps": self.steps.as_json(),
+            "evaluations": self.evaluations.as_json() if self.evaluations else None,
+        }
+        schedule = {"schedule": self.lr_scheduler.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+        best = self.evaluations.best_tensors if self.evaluations else {}
+
+        def write_optimizer(path: Path) -> None:
+            state.write_optimizer(self.optimizer, tensors=path, text=path.with_suffix(".json"))
+
+        def write_random(path: Path) -> None:
+            state.write_random_state(state.random_state(), tensors=path, text=path.with_suffix(".json"))
+
+        files: dict[str, checkpoint.Writer] = {
+            "adapter.safetensors": partial(state.write_tensors, tensors),
+            "optimizer.safetensors": write_optimizer,
+            "random.safetensors": write_random,
+            "schedule.json": lambda path: _write_json(path, schedule),
+            checkpoint.RUN: lambda path: _write_json(path, run),
+            _TRAINER_STATE: lambda path: replace(self.state, log_history=[]).save_to_json(str(path)),
+        }
+        return files | ({"best.safetensors": partial(state.write_tensors, best)} if best else {})
+
+    def checkpoint_to_resume(self, asked: str | bool | None) -> checkpoint.Checkpoint | None:
+        if not asked:
+            return None
+        folder = Path(self.args.output_dir)
+        found = checkpoint.newest(folder, report=self.facts.report) if asked is True else checkpoint.read(Path(asked))
+        if found is None:
+            self.facts.report("there is no checkpoint yet: training starts at step 0")
+            return None
+        checkpoint.check_identity(found.run["identity"], self.facts.identity)
+        checkpoint.check_identity({"steps": found.run["steps"]}, {"steps": self.steps.as_json()})
+        if self.evaluations:
+            self.evaluations.standing = self.standing_in(found)
+            best = found.folder / "best.safetensors"
+            self.evaluations.best_tensors = load_file(best) if best.exists() else {}
+        return found
+
+    @staticmethod
+    def standing_in(found: checkpoint.Checkpoint) -> Standing:
+        return Standing(**(found.run["evaluations"] or {}))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state.set_trainable_tensors(self.model, load_file(Path(resume_from_checkpoint) / "adapter.safetensors"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            path = Path(checkpoint) / "optimizer.safetensors"
+            state.read_optimizer(self.optimizer, tensors=path, text=path.with_suffix(".json"))
+            self.lr_scheduler.load_state_dict(_read_json(Path(checkpoint) / "schedule.json")["schedule"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(_read_json(Path(checkpoint) / "schedule.json")["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            path = Path(checkpoint) / "random.safetensors"
+            state.set_random_state(state.read_random_state(tensors=path, text=path.with_suffix(".json")))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

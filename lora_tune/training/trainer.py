@@ -1,0 +1,358 @@
+"""Training through TRL's SFTTrainer, which is called here and nowhere else.
+
+`build` is the Python door: it returns an ordinary `SFTTrainer` over rows that are already tokens, labels and packed
+documents. What is overridden, and why: the loss (exact and fast on a CPU), the order of rows (a function of seed and
+epoch), the guard against numbers that are not finite, evaluations that leave no trace, and checkpoints of our own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read by huggingface_hub when it is first imported
+os.environ["DISABLE_TELEMETRY"] = "1"
+
+import psutil
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.trainer_utils import TrainOutput
+from trl import SFTConfig, SFTTrainer
+
+from lora_tune.errors import CheckFailed, DataError, Interrupted, Problem, ResourceError
+from lora_tune.recipe import Train
+from lora_tune.training import checkpoint, state
+from lora_tune.training.batches import IGNORED, EpochSampler, FoldedCollator
+from lora_tune.training.evaluations import Evaluation, Evaluations
+from lora_tune.training.resume import ResumableTrainer, RunFacts
+from lora_tune.training.schedule import SCHEDULES, Steps, mixed_precision, optimizer_name, plan_steps
+from lora_tune.training.signals import SignalWatch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+
+    from lora_tune.data.chat_template import ChatTemplate
+
+def build(
+    model: PeftModel,
+    rows: Dataset,
+    *,
+    train: Train,
+    evaluation: Evaluation | None,
+    seed: int,
+    folder: Path,
+    chat: ChatTemplate,
+) -> RunTrainer:
+    """The trainer of one run: an `SFTTrainer` whose `train(resume_from_checkpoint=True)` goes on where it stopped.
+
+    `model` has its adapter attached and its dtypes and checkpointed layers set. `rows` has the columns `input_ids`,
+    `labels` (-100 is not trained), `seq_lengths` (tokens of each document in the row) and, for messages, `rows`
+    (`[[source, line], ...]`). `train.micro_batch_size` is a number. Checkpoints go to `folder/checkpoints`.
+
+    Raises:
+        DataError: there are no rows.
+        RecipeError: the optimizer does not run on this machine.
+    """
+    if len(rows) == 0:
+        raise DataError("there are no rows to train on", "look at the ledger: lora-tune preview")
+    steps = plan_steps(len(rows), train)
+    args = _sft_config(model, train=train, steps=steps, seed=seed, folder=folder)
+    return RunTrainer(model, args, rows, chat=chat, train=train, steps=steps, evaluation=evaluation)
+
+
+def _sft_config(model: PeftModel, *, train: Train, steps: Steps, seed: int, folder: Path) -> SFTConfig:
+    """The one place where SFTConfig is filled in."""
+    precision = mixed_precision(model)
+    return SFTConfig(
+        output_dir=str(folder),
+        seed=seed,
+        # our rows are tokens, labels and packed documents already: TRL neither tokenises, truncates nor packs
+        packing=False,
+        padding_free=True,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        per_device_train_batch_size=steps.micro_batch_size,
+        gradient_accumulation_steps=steps.accumulation,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        optim=optimizer_name(train),
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=SCHEDULES[train.schedule],
+        warmup_steps=steps.warmup_steps,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        neftune_noise_alpha=train.neftune_alpha,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # a mixture's balancing loss is a mean over each micro-batch: with it the loss would depend on its size
+        router_aux_loss_coef=0.0,
+        # layers are checkpointed by model/base.py, checkpoints and display are ours
+        gradient_checkpointing=False,
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        push_to_hub=False,
+    )
+
+
+class RunTrainer(ResumableTrainer, SFTTrainer):
+    """The `SFTTrainer` that `build` returns; `for_run` tells it what else a run wants recorded."""
+
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the trained tokens of the whole batch
+
+    def __init__(
+        self,
+        model: PeftModel,
+        args: SFTConfig,
+        rows: Dataset,
+        *,
+        chat: ChatTemplate,
+        train: Train,
+        steps: Steps,
+        evaluation: Evaluation | None,
+    ) -> None:
+        dtypes = {name: tensor.clone() for name, tensor in state.trainable_tensors(model).items()}
+        super().__init__(model, args, train_dataset=rows, processing_class=chat.tokenizer)
+        state.set_trainable_tensors(self.model, dtypes)  # TRL casts the adapter of a 4-bit base to bfloat16
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Moments(self))
+        self.steps = steps
+        self.facts = RunFacts()
+        self.evaluations = Evaluations(evaluation) if evaluation else None
+        self.keep_checkpoints = train.keep_checkpoints
+        self.save_every = train.save_every
+        self._sampler = EpochSampler(len(rows), seed=args.seed)
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._head = self.model.get_output_embeddings()
+        self._fused_head = args.device.type == "cuda" and type(self._head) is nn.Linear
+        self._watch = SignalWatch()
+        self._micro_losses: list[torch.Tensor] = []
+        self._step_began = 0.0
+        self._step_tokens = self._step_trained_tokens = 0
+        config = self.model.config.get_text_config()
+        if config._attn_implementation in ("sdpa", "eager"):
+            pad_id = self.data_collator.pad_token_id
+            self.data_collator = FoldedCollator(self.data_collator, pad_id, config.hidden_size)
+
+    def for_run(self, facts: RunFacts) -> RunTrainer:
+        """Tell the trainer what to record and compare; returns the trainer itself."""
+        self.facts = facts
+        for callback in facts.callbacks:
+            self.add_callback(callback)
+        return self
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:  # type: ignore[override]
+        """Train, or go on from a checkpoint: its folder, or True for the newest valid one of this run.
+
+        Raises:
+            CheckFailed: a loss or gradient is not finite, or no checkpoint is valid.
+            UsageError: the run to resume was started with another recipe, data or base.
+            Interrupted: a signal came; a checkpoint holds everything up to the step that was running.
+        """
+        start = self.checkpoint_to_resume(resume_from_checkpoint)
+        set_seed(self.args.seed)
+        self.saved_step = start.step if start else None
+        if start and (start.step >= self.steps.total_steps or self.standing_in(start).stopped):
+            self._load_from_checkpoint(str(start.folder))
+            self.state.global_step = start.step
+            result = TrainOutput(start.step, 0.0, {})
+        else:
+            with self._watch:
+                result = super().train(resume_from_checkpoint=str(start.folder) if start else None)
+        self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self._watch.caught is not None:
+            step = self.state.global_step
+            raise Interrupted(self._watch.caught, f"stopped by a signal after step {step}; --resume goes on from there")
+        if self.evaluations and self.evaluations.best_tensors:
+            state.set_trainable_tensors(self.model, self.evaluations.best_tensors)
+        return result
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        """The micro-batches of one step and the number of trained tokens in all of them."""
+        self._step_began = time.perf_counter()
+        self._micro_losses = []
+        batches = list(islice(epoch_iterator, num_batches))
+        self._step_tokens = sum(batch["input_ids"].numel() for batch in batches)
+        self._step_trained_tokens = torch.stack([(batch["labels"] != IGNORED).sum() for batch in batches]).sum()
+        return batches, self._step_trained_tokens.to(device)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One micro-batch forward and backward; returns its share of the step's loss.
+
+        The parent walks all modules for `model.train()` at every micro-batch; here once after an evaluation.
+        """
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        self._micro_losses.append(loss.detach())
+        return loss.detach()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross-entropy summed over the trained tokens of the micro-batch, divided by those of the whole step.
+
+        On a GPU through TRL's fused head. Elsewhere the fused head computes every position in float32 and costs 40 %
+        of the step, so the model's own head is given the trained positions alone. TRL's entropy and accuracy, three
+        host syncs in every micro-batch, are left out.
+        """
+        labels_BT = inputs["labels"]
+        divisor = (labels_BT != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        if self._fused_head:
+            outputs = model(**rest, labels=labels_BT, use_cache=False, fused_lm_head=True)
+            total = -outputs.log_probs.sum()
+        else:
+            trained_BT = labels_BT[:, 1:] != IGNORED
+            with _head_sees(self._head, trained_BT):
+                outputs = model(**rest, use_cache=False)
+            targets_N = labels_BT[:, 1:][trained_BT]
+            total = nn.functional.cross_entropy(outputs.logits.float(), targets_N, reduction="sum")
+        loss = total / torch.as_tensor(divisor).clamp(min=1)
+        return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> float:
+        """The norm as a number, after the check that this step may be taken: the one host sync of a step."""
+        measured = self._clip_grad_norm(model) if grad_norm is None else grad_norm
+        loss, norm = torch.stack([self._tr_loss.float(), measured.float()]).tolist()
+        scaler = self.accelerator.scaler
+        overflow_is_handled = scaler is not None and math.isfinite(loss) and scaler.get_scale() >= 1
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow_is_handled):
+            raise CheckFailed(self._not_finite(loss, norm))
+        return norm
+
+    def _not_finite(self, loss: float, norm: float) -> Problem:
+        """What to say of a step that was refused: its number and the rows of the micro-batches that are to blame."""
+        step, size = self.state.global_step, self.steps.micro_batch_size
+        epoch, position = divmod(step, self.steps.steps_per_epoch)
+        order = self._sampler.order(epoch)[position * self.steps.accumulation * size :]
+        micro_batches = range(len(self._micro_losses))
+        bad = [index for index in micro_batches if not bool(torch.isfinite(self._micro_losses[index]))]
+        numbers = [number for index in bad or micro_batches for number in order[index * size : (index + 1) * size]]
+        return Problem(
+            f"step {step + 1}: the loss is {loss}, the norm of the gradient {norm}; the step was not taken"
+            + self._places(numbers),
+            "look at these rows, or lower train.learning_rate; --resume goes on from the last checkpoint",
+        )
+
+    def _places(self, numbers: Sequence[int]) -> str:
+        """`; its rows: file:line, …` of these training rows, or nothing where the rows do not say."""
+        if "rows" not in self.train_dataset.column_names:
+            return ""
+        pairs = [pair for number in numbers for pair in self.train_dataset[number]["rows"]]
+        names = dict(enumerate(self.facts.sources))
+        places = [f"{names.get(source, f'data.{source}')}:{line}" for source, line in pairs]
+        more = f" and {len(places) - 8} more" if len(places) > 8 else ""
+        return f"; its rows: {', '.join(places[:8])}{more}"
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Nothing: the parent walks all parameters for a number that is shown nowhere."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add tokens, seconds and GiB to the numbers of a step, then hand them to the display and the trackers."""
+        if "loss" in logs:
+            logs["tokens"] = self._step_tokens
+            logs["trained_tokens"] = int(self._step_trained_tokens)
+            logs["step_s"] = time.perf_counter() - self._step_began
+            logs["gib"] = memory_gib()
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The numbers of the run's own evaluation; with a data set, what `SFTTrainer.evaluate` gives."""
+        if eval_dataset is not None or self.evaluations is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        scores, answers = self.evaluations.run(self.model, step=self.state.global_step)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(dict(metrics))
+        self.control.should_training_stop |= self.evaluations.standing.stopped
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, {**metrics, "answers": answers})
+        return metrics
+
+    # -- order of rows, optimizer -----------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self._sampler
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer over the run's own parameter groups where `for_run` gave some."""
+        if self.optimizer is None and self.facts.groups is not None:
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(self.facts.groups(), **arguments)
+            return self.optimizer
+        return super().create_optimizer(model)
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine."""
+
+
+class _Moments(TrainerCallback):
+    """When to evaluate and when to save: after which steps, at the end of an epoch, and when a signal came."""
+
+    def __init__(self, trainer: RunTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        trainer, step = self.trainer, state.global_step
+        control.should_evaluate = bool(trainer.evaluations and trainer.evaluations.due(step, last_step=state.max_steps))
+        control.should_save = bool(trainer.save_every and step % trainer.save_every == 0) or step >= state.max_steps
+        if trainer._watch.caught is not None:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        control.should_evaluate = False
+        control.should_save = self.trainer.save_every is None or control.should_training_stop
+        return control
+
+
+@contextmanager
+def _head_sees(head: nn.Module, trained_BT: torch.Tensor) -> Iterator[None]:
+    """Inside, the output layer gets the N positions that predict a trained token, and gives logits (N, vocabulary)."""
+
+    def choose(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0][:, :-1][trained_BT], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def memory_gib() -> float:
+    """The most GPU memory that was allocated, or the resident memory of this process on a CPU, in GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30

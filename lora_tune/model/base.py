@@ -160,6 +160,19 @@ def full_weight(module: torch.nn.Module) -> torch.Tensor:
     return (weight.data.T if isinstance(module, Conv1D) else weight.data).to(torch.float32)
 
 
+@torch.no_grad()
+def fit_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Give the embedding (and the output head) at least this many rows; new rows are the mean of the old ones."""
+    before = model.get_input_embeddings().weight.shape[0]
+    if before >= rows:
+        return
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            module.weight[before:] = module.weight[:before].float().mean(dim=0).to(module.weight.dtype)
+            module.weight.requires_grad_(False)
+
+
 def checkpoint_layers(model: PreTrainedModel, layers: Literal["all", "none"] | int) -> None:
     """Recompute the activations of all, none or the first N decoder layers in the backward pass (not re-entrant).
 

@@ -1,0 +1,362 @@
+"""Adapter methods: one table, one function that fills PEFT's LoraConfig, and the plain LoRA or DoRA that is saved."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from lora_tune.errors import Problem, RecipeError, UsageError
+from lora_tune.model import initialisation
+from lora_tune.model.base import fit_embeddings, full_weight
+from lora_tune.model.source import BaseSource, load_tokenizer, matches
+from lora_tune.recipe import Base, Lora, Train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+Factors = Callable[[torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What distinguishes an adapter method.
+
+    `factors` computes A and B from a (out, in) matrix, rank and scale; `of` says which matrix: the full-precision weight,
+    or what quantization took from it. `inputs` fills A from the layers' inputs.
+    """
+
+    dora: Literal["yes", "no"] = "no"
+    scale: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank"
+    factors: Factors | None = None
+    of: Literal["weight", "residual", "inputs", "nothing"] = "nothing"
+
+    @property
+    def anchored(self) -> bool:
+        """Whether the start is subtracted again, which doubles the saved rank."""
+        return self.of == "weight"
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method(),  # arXiv 2106.09685
+    "rslora": Method(scale="alpha/sqrt(rank)"),  # arXiv 2312.03732
+    "dora": Method(dora="yes"),  # arXiv 2402.09353
+    "pissa": Method(factors=initialisation.pissa_factors, of="weight"),
+    "olora": Method(factors=initialisation.olora_factors, of="weight"),
+    "loftq": Method(factors=initialisation.loftq_factors, of="residual"),
+    "eva": Method(of="inputs"),
+}
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as PEFT's files hold it: the content of adapter_config.json and of adapter_model.safetensors."""
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def attach(
+    model: PreTrainedModel,
+    lora: Lora,
+    *,
+    source: BaseSource,
+    base: Base,
+    seed: int,
+    batches: Iterable[Mapping[str, torch.Tensor]] | None = None,
+    start: SavedAdapter | None = None,
+) -> PeftModel:
+    """Put a trainable adapter on a loaded base; the base's own weights stay untouched, whatever the method.
+
+    `batches` (input_ids, attention_mask, position_ids) are needed by eva alone; `start` is the adapter to continue.
+    Adapter weights are float32 for every compute dtype: updates of a late, small learning rate vanish in 16 bit.
+    The global random state is left as it was.
+
+    Raises:
+        RecipeError: targets, patterns or modules that match nothing; `start` of another shape; eva without batches.
+        UsageError: the full-precision weights for pissa, olora or loftq are not in the base's files.
+    """
+    ids = _new_token_ids(model, lora, source)
+    config = lora_config(model, lora, source=source, token_ids=ids)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        for message in _UPSTREAM_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
+        _initialise(peft_model, lora, source=source, base=base, batches=batches)
+    if start is not None:
+        _continue(peft_model, start)
+    return peft_model
+
+
+# tied embeddings are handled (PEFT ties the trained rows); fan_in_fan_out is set by PEFT itself for GPT-2's layers
+_UPSTREAM_WARNINGS = (".*tie_word_embeddings.*", ".*ensure_weight_tying.*", ".*fan_in_fan_out.*")
+
+
+def lora_config(
+    model: PreTrainedModel, lora: Lora, *, source: BaseSource, token_ids: Mapping[str, list[int]] | None
+) -> LoraConfig:
+    """The one place that fills PEFT's LoraConfig. Anchored methods train rank r and hold rank 2·r.
+
+    Raises:
+        RecipeError: names that match no module.
+    """
+    method = METHODS[lora.method]
+    factor = 2 if method.anchored else 1
+    targets = resolve_targets(model, lora)
+    layers = _target_layers(model, targets)
+    problems = [
+        *_unmatched("lora.rank_pattern", lora.rank_pattern, layers),
+        *_unmatched("lora.alpha_pattern", lora.alpha_pattern, layers),
+        *_unmatched("lora.modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()]),
+    ]
+    if problems:
+        raise RecipeError(problems)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=source.name,
+        revision=source.revision,
+        r=lora.rank * factor,
+        lora_alpha=_number(lora.alpha * factor),
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        modules_to_save=sorted(lora.modules_to_save) or None,
+        rank_pattern={name: rank * factor for name, rank in sorted(lora.rank_pattern.items())},
+        alpha_pattern={name: _number(alpha * factor) for name, alpha in sorted(lora.alpha_pattern.items())},
+        trainable_token_indices=dict(token_ids) if token_ids else None,
+        use_rslora=method.scale == "alpha/sqrt(rank)",
+        use_dora=method.dora == "yes",
+        init_lora_weights=True,
+        bias="none",
+    )
+
+
+def _number(value: float) -> float | int:
+    """A whole number as int: some servers read alpha as an integer."""
+    return int(value) if float(value).is_integer() else value
+
+
+def resolve_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
+    """The sorted names of the layers that get an adapter; `all-linear` is every linear layer but the output head.
+
+    Raises:
+        RecipeError: a name that matches no linear layer, or the output head.
+    """
+    head = model.get_output_embeddings()
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module) and module is not head}
+    if lora.targets == "all-linear":
+        head_names = {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
+        ends = {name: name.rpartition(".")[2] for name in linear}
+        return sorted({name if end in head_names else end for name, end in ends.items()})
+    problems = _unmatched("lora.targets", lora.targets, list(linear))
+    if problems:
+        raise RecipeError(problems)
+    return sorted(lora.targets)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _target_layers(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    return [name for target in targets for name in matches(target, linear)]
+
+
+def _unmatched(key: str, names: Iterable[str], modules: Iterable[str]) -> list[Problem]:
+    """One problem for each name that means none of the modules, with the nearest name that does."""
+    modules = list(modules)
+    ends = sorted({module.rpartition(".")[2] for module in modules})
+    problems = []
+    for name in names:
+        if matches(name, modules):
+            continue
+        near = difflib.get_close_matches(name.rpartition(".")[2], ends, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"there are: {', '.join(ends[:20])}"
+        problems.append(Problem(f"matches no layer of the base, got {name!r}", fix, key=key))
+    return problems
+
+
+def _new_token_ids(model: PreTrainedModel, lora: Lora, source: BaseSource) -> dict[str, list[int]] | None:
+    """Row numbers of the new tokens, for the embedding and, where it is not tied to it, the output head."""
+    if not lora.new_tokens:
+        return None
+    tokenizer = load_tokenizer(source, new_tokens=lora.new_tokens)
+    ids = sorted(tokenizer.convert_tokens_to_ids(list(lora.new_tokens)))
+    fit_embeddings(model, ids[-1] + 1)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    rows = {names[id(embedding)]: ids}
+    if head is not None and head.weight is not embedding.weight:
+        rows[names[id(head)]] = ids
+    return rows
+
+
+def _layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """The adapted layers by their name in the base."""
+    prefix = "base_model.model."
+    return {
+        name.removeprefix(prefix): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
+
+
+@torch.no_grad()
+def _initialise(
+    model: PeftModel,
+    lora: Lora,
+    *,
+    source: BaseSource,
+    base: Base,
+    batches: Iterable[Mapping[str, torch.Tensor]] | None,
+) -> None:
+    method = METHODS[lora.method]
+    if method.of == "inputs":
+        _initialise_from_inputs(model, batches)
+    if method.factors is None:
+        return
+    stored = initialisation.StoredWeights(source) if base.quantize != "none" else None
+    for name, layer in _layers(model).items():
+        weight = quantized = full_weight(layer.get_base_layer())
+        if stored is not None:
+            weight = stored.read(name, like=quantized)
+        scale = layer.scaling[ADAPTER]
+        if method.anchored:
+            a, b = method.factors(weight, layer.r[ADAPTER] // 2, scale)
+            layer.lora_A[ADAPTER] = initialisation.AnchoredLinear(a, dim=0)
+            layer.lora_B[ADAPTER] = initialisation.AnchoredLinear(b, dim=1)
+        else:
+            a, b = method.factors(weight - quantized, layer.r[ADAPTER], scale)
+            layer.lora_A[ADAPTER].weight.copy_(a)
+            layer.lora_B[ADAPTER].weight.copy_(b)
+
+
+def _initialise_from_inputs(model: PeftModel, batches: Iterable[Mapping[str, torch.Tensor]] | None) -> None:
+    layers = _layers(model)
+    ranks = {name: layer.r[ADAPTER] for name, layer in layers.items()}
+    with model.disable_adapter():
+        found = initialisation.input_directions(model.get_base_model(), ranks, batches or ())
+    if not found:
+        raise RecipeError(
+            Problem("eva starts from training rows, but none were given", "set lora.method: lora", key="lora.method")
+        )
+    for name, directions in found.items():
+        layers[name].lora_A[ADAPTER].weight[: len(directions)].copy_(directions)
+
+
+def _continue(model: PeftModel, start: SavedAdapter) -> None:
+    """Load the weights of another adapter as the start; its shapes and scale must be those of the recipe."""
+    key, ours = "lora.start_from", model.peft_config[ADAPTER].to_dict()
+    fields = {"r": "rank", "lora_alpha": "alpha", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern"}
+    problems = [
+        Problem(f"that adapter has {field} {start.config.get(field)}, the recipe {ours[field]}", f"set lora.{name}", key=key)
+        for field, name in fields.items()
+        if (start.config.get(field) or {}) != (ours[field] or {})
+    ]
+    problems += [
+        Problem(f"that adapter is {'' if start.config.get(flag) else 'not '}{name}", "set lora.method", key=key)
+        for flag, name in (("use_rslora", "rslora"), ("use_dora", "dora"))
+        if bool(start.config.get(flag)) != bool(ours[flag])
+    ]
+    if problems:
+        raise RecipeError(problems)
+    here = {name: tuple(tensor.shape) for name, tensor in adapter_state(model).items()}
+    there = {name: tuple(tensor.shape) for name, tensor in start.tensors.items()}
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise RecipeError(
+                Problem(
+                    f"that adapter does not fit the recipe: {name} is {_shape(there.get(name))} there, "
+                    f"{_shape(here.get(name))} here",
+                    "set lora.targets, lora.modules_to_save and lora.new_tokens as they were for it",
+                    key=key,
+                )
+            )
+    load_adapter_state(model, start.tensors)
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else "×".join(str(size) for size in shape)
+
+
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Every tensor of the adapter as it is trained, frozen anchors included, under PEFT's names: for checkpoints."""
+    return dict(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
+
+
+def load_adapter_state(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `adapter_state` gave, in place; parameters keep their identity and dtype.
+
+    Raises:
+        UsageError: a tensor is missing or belongs nowhere.
+    """
+    expected = adapter_state(model).keys()
+    odd = sorted(expected ^ tensors.keys())
+    if odd:
+        raise UsageError(f"adapter state: {len(odd)} tensors missing or unknown, got {odd[:3]}", "use the same recipe")
+    set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
+
+
+def saved_adapter(model: PeftModel, *, lora: Lora, source: BaseSource) -> SavedAdapter:
+    """The adapter as it is saved: plain LoRA or DoRA against the untouched base, whatever the method.
+
+    Tensors are on the CPU, contiguous, float32, named as PEFT names them; lists in the config are sorted. Adapters of
+    pissa and olora have twice the rank and alpha of the recipe; their factors are balanced (`initialisation.compact`).
+
+    Raises:
+        UsageError: a tensor holds NaN or infinity.
+    """
+    tensors = {name: tensor.detach().to("cpu") for name, tensor in adapter_state(model).items()}
+    broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    if broken:
+        raise UsageError(
+            f"the adapter has {len(broken)} tensors with NaN or infinity, got {broken[0]}",
+            "training diverged: lower train.learning_rate",
+        )
+    if METHODS[lora.method].anchored:
+        for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+            other = name.replace(".lora_A.", ".lora_B.")
+            tensors[name], tensors[other] = initialisation.compact(tensors[name], tensors[other])
+    config = {key: _plain(value) for key, value in sorted(model.peft_config[ADAPTER].to_dict().items())}
+    config.update(base_model_name_or_path=source.name, revision=source.revision, inference_mode=True)
+    return SavedAdapter(config, {name: tensors[name].contiguous().clone() for name in sorted(tensors)})
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: enums by their value, sets and lists of text sorted."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in sorted(value.items())}
+    return value
+
+
+def parameter_groups(model: nn.Module, *, lora: Lora, train: Train) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters: weight decay for matrices only; for LoRA+ a higher rate for B.
+
+    LoRA+ (arXiv 2402.12354): the learning rate of B is `plus_ratio` times that of A.
+    """
+    ratio = lora.plus_ratio or 1.0
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = train.learning_rate * (ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0)
+        plain_matrix = parameter.dim() >= 2 and "trainable_tokens" not in name
+        groups.setdefault((rate, train.weight_decay if plain_matrix else 0.0), []).append(parameter)
+    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]

@@ -21,7 +21,7 @@ _CELL = 600  # characters of one answer in the model card
 
 
 def scores_table(scores: dict[str, Score]) -> Table:
-    """The scores as a table; a difference whose interval excludes 0 is green where it is better and red where it is worse."""
+    """The scores as a table; a difference whose interval excludes 0 is green where better, red where worse."""
     table = Table(title="base against adapter", title_justify="left", caption=_NOTE, caption_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)

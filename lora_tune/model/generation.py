@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+
+from lora_tune.model.shape import read_shape
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_tune.data.chat_template import ChatTemplate
 
-BATCH_TOKENS = 16_384  # prompt and answer tokens of one batch: 2 GiB of KV cache for an 8B base in bfloat16
+_BATCH_TOKENS = 16_384  # padded prompt and answer tokens of one batch, at most
+_CACHE_BYTES = 2**30  # its KV cache, at most: 8,192 tokens of an 8B base with grouped queries, 2,048 of Llama-2-7B
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,12 @@ def generate(
     if any(not len(prompt) for prompt in prompts):
         raise ValueError("a prompt without tokens cannot be answered")
     base = transformer(model)
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     answers: dict[int, Answer] = {}
     with evaluating(model), _only_greedy(base, chat, max_new_tokens):
-        for batch in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
+        for batch in _batches(lengths, batch_size, most_tokens=_most_tokens(base)):
             ids_BT, mask_BT = _left_padded([prompts[row] for row in batch], chat.pad_id, device=base.device)
-            output_BT = base.generate(input_ids=ids_BT, attention_mask=mask_BT)
+            output_BT = cast(GenerationMixin, base).generate(input_ids=ids_BT, attention_mask=mask_BT)
             for row, new_T in zip(batch, output_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
                 answers[row] = _answer(chat, new_T)
             if progress:
@@ -78,7 +82,7 @@ def generate(
 
 def transformer(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model of transformers itself, with adapters in its layers where it has some."""
-    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    return model if isinstance(model, PreTrainedModel) else cast(PreTrainedModel, model.get_base_model())
 
 
 @contextmanager
@@ -99,15 +103,20 @@ def _only_greedy(base: PreTrainedModel, chat: ChatTemplate, max_new_tokens: int)
         base.generation_config = own
 
 
-def _batches(lengths: Sequence[int], new_tokens: int, batch_size: int) -> Iterator[list[int]]:
-    """Row numbers in batches of at most `batch_size` rows and BATCH_TOKENS padded tokens, longest rows first."""
+def _most_tokens(base: PreTrainedModel) -> int:
+    """Tokens whose keys and values fit into the cache that a batch may have."""
+    shape = read_shape(base.config.to_dict())
+    per_token = 2 * shape.layers * shape.key_value * base.dtype.itemsize
+    return max(1, min(_BATCH_TOKENS, _CACHE_BYTES // per_token))
+
+
+def _batches(lengths: Sequence[int], batch_size: int, *, most_tokens: int) -> Iterator[list[int]]:
+    """Row numbers, longest rows first, in batches of at most `batch_size` rows and `most_tokens` padded tokens."""
     batch: list[int] = []
-    longest = 0
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        longest = longest or lengths[row] + new_tokens
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * longest > BATCH_TOKENS):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * lengths[batch[0]] > most_tokens):
             yield batch
-            batch, longest = [], lengths[row] + new_tokens
+            batch = []
         batch.append(row)
     if batch:
         yield batch

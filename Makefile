@@ -1,0 +1,58 @@
+# make quickstart   from a clean clone to a trained adapter: a virtual environment, the pinned packages, one run
+# make test         ruff, mypy and all tests in the same environment
+#
+# Needs Python 3.11 or newer with pip, and nothing else. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS …) hold. A
+# torch that the chosen PYTHON already has is used; else the pinned one is installed before anything can ask for another.
+# On Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves about 2 GB of CUDA libraries.
+
+VENV ?= .venv
+CONSTRAINTS ?= constraints/tested.txt
+WORKERS ?= 2
+CANDIDATES := python3 python3.11 python3.12 python3.13 python
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PY := $(BIN)/python
+
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test lint typecheck example-adapter wheel clean
+
+quickstart: $(VENV)/.installed
+	$(PY) -m lora_tune.run recipes/quickstart.yaml --overwrite
+
+test: lint typecheck
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing
+
+lint: $(VENV)/.installed-test
+	$(PY) -m ruff check .
+
+typecheck: $(VENV)/.installed-test
+	$(PY) -m mypy
+
+# a committed copy of the quickstart's run, so that `adapters verify` has something to verify in a fresh clone
+example-adapter: $(VENV)/.installed
+	$(PY) -m lora_tune.run recipes/quickstart.yaml output=adapters/example --overwrite
+	rm -rf adapters/example/checkpoints
+
+wheel: $(VENV)/.installed
+	$(PY) -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# torch first: alone, at its pinned version, so that no other package can pull in another one. Where PYTHON has a torch
+# already, that one stays, and its pin is left out of the constraints.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@if $(PYTHON) -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)'; then \
+	  set -ex; $(PYTHON) -m venv --system-site-packages $(VENV); grep -v '^torch==' $(CONSTRAINTS) >$(VENV)/constraints.txt; \
+	else \
+	  set -ex; $(PYTHON) -m venv $(VENV); cp $(CONSTRAINTS) $(VENV)/constraints.txt; \
+	  $(PY) -m pip install --quiet -c $(VENV)/constraints.txt torch; \
+	fi
+	$(PY) -m pip install --quiet -c $(VENV)/constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PY) -m pip install --quiet -c $(VENV)/constraints.txt -e '.[test]'
+	@touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 from lora_tune.errors import CheckFailed
 
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest template that is in use has about 20 kB
-_CHILD_WALL_S = 20  # the CPU limit inside (2 s) comes first; this one holds where the system has no such limit
+_CHILD_WALL_S = 20  # the CPU limit inside (1 s) comes first; this one holds where the system has no such limit
 _SYSTEM, _USER, _ANSWER, _USER_2, _ANSWER_2 = "Zqsystem", "Zq1user", "Zq1answer", "Zq2user", "Zq2answer"
 _TOOL, _ARGUMENT, _RESULT = "zq_tool", "Zqargument", "Zqresult"
 _TOOLS = [
@@ -132,9 +133,11 @@ def _render_in_child(
     try:
         done = subprocess.run(command, input=request.encode(), capture_output=True, timeout=_CHILD_WALL_S, check=False)
     except subprocess.TimeoutExpired:
-        raise _Unusable("it does not end within 2 s") from None
-    if done.returncode < 0:  # a signal: the kernel's CPU limit, or out of memory or stack
-        raise _Unusable(f"it does not end within 2 s, or it needs too much memory (signal {-done.returncode})")
+        raise _Unusable(f"it does not end within {_CHILD_WALL_S} s") from None
+    if done.returncode == -getattr(signal, "SIGXCPU", 0):
+        raise _Unusable("it does not end within 1 s of CPU time")
+    if done.returncode < 0:
+        raise _Unusable(f"it needs too much time, memory or stack (signal {-done.returncode})")
     try:
         answer = json.loads(done.stdout)
     except ValueError:

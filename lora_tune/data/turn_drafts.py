@@ -71,7 +71,7 @@ class TurnDrafter:
     def inputs(self, conversation: Conversation) -> Inputs:
         """The messages and tools as dictionaries, control tokens in their words marked. Raises `CannotRender`."""
         messages = [message.as_template_input() for message in conversation.messages]
-        tools = list(conversation.tools) or None
+        tools: list[dict[str, Any]] | None = list(conversation.tools) or None
         present = {message["role"] for message in messages} | ({"tools"} if tools else set())
         present |= {"tool_calls"} if any("tool_calls" in message for message in messages) else set()
         dropped = sorted(present & self._probe.drops)

@@ -92,24 +92,17 @@ def own_eos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, stop_ids: tuple[int, ...], template_text: str) -> int:
-    """A pad token that ends nothing: the tokenizer's own, else an unused special one, else unk, else eos.
+    """A pad token that is not the one that ends a turn: the tokenizer's own, an unused special one, unk, a further stop token.
 
-    With eos as the last resort, training is still right: the loss mask, not the pad id, keeps padding out of the loss.
+    Where there is none of these it is the end token itself. Training is right even then: the loss mask, not the pad id,
+    keeps padding out of the loss.
     """
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in stop_ids:
-        return int(tokenizer.pad_token_id)
+    eos_id = stop_ids[0]
     free = {
         token.content: int(token_id)
         for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-        and token_id not in stop_ids
-        and token_id != tokenizer.bos_token_id
-        and token.content not in template_text
+        if token.special and token_id not in (*stop_ids, tokenizer.bos_token_id) and token.content not in template_text
     }
-    for names in _PAD_NAMES:
-        for content, token_id in free.items():
-            if names.search(content):
-                return token_id
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id not in stop_ids:
-        return int(tokenizer.unk_token_id)
-    return stop_ids[0]
+    unused = [token_id for names in _PAD_NAMES for content, token_id in free.items() if names.search(content)]
+    candidates = [tokenizer.pad_token_id, *unused[:1], tokenizer.unk_token_id, *stop_ids[1:]]
+    return next((int(token_id) for token_id in candidates if token_id not in (None, eos_id)), eos_id)

@@ -15,14 +15,15 @@ from lora_tune.evaluation.bootstrap import paired_interval
 from lora_tune.evaluation.losses import RowLoss, row_losses
 from lora_tune.evaluation.metrics import METRICS, RowScores
 from lora_tune.model.generation import Answer, generate
+from lora_tune.terminal import progress_bar
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from rich.progress import Progress
 
     from lora_tune.data.chat_template import ChatTemplate, TokenRow
     from lora_tune.recipe import Eval
 
-Progress = Callable[[str, int, int], None]  # what is being done, how far it is, of how many
 MOST_NEW_TOKENS = 512
 _ANSWER_MARGIN = 16  # tokens an answer may be longer than the longest reference
 
@@ -85,7 +86,6 @@ def compare(
     metrics: Sequence[str],
     evaluation: Eval,
     seed: int,
-    progress: Progress | None = None,
 ) -> Comparison:
     """Score and sample the adapter and its base on held-out rows.
 
@@ -105,15 +105,16 @@ def compare(
     by_answers = any(METRICS[name].reads == "answers" for name in metrics)
     asked = list(range(len(questions))) if by_answers else shown
     longest = _longest_answer(chat, [questions[place].reference for place in asked])
+    prompts = [chat.prompt_ids(questions[place].messages, tools=questions[place].tools) for place in asked]
 
     sides: dict[str, _Side] = {}
-    for name, setting in (("adapter", nullcontext()), ("base", model.disable_adapter())):
-        with setting:
-            losses = row_losses(model, rows, pad_id=chat.pad_id, progress=_stage(progress, f"{name}: loss", len(rows)))
-            prompts = [chat.prompt_ids(questions[place].messages, tools=questions[place].tools) for place in asked]
-            reporting = _stage(progress, f"{name}: answers", len(asked))
-            answers = generate(model, chat, prompts, max_new_tokens=longest, progress=reporting)
-        sides[name] = _Side(losses, dict(zip(asked, answers, strict=True)))
+    with progress_bar() as bar:
+        for name, setting in (("adapter", nullcontext()), ("base", model.disable_adapter())):
+            with setting:
+                losses = row_losses(model, rows, pad_id=chat.pad_id, progress=_stage(bar, f"{name}: loss", len(rows)))
+                reporting = _stage(bar, f"{name}: answers", len(asked))
+                answers = generate(model, chat, prompts, max_new_tokens=longest, progress=reporting)
+            sides[name] = _Side(losses, dict(zip(asked, answers, strict=True)))
     return Comparison(
         scores={name: _score(name, sides, questions, seed=seed) for name in metrics},
         samples=tuple(_sample(questions[place], sides, place) for place in shown),
@@ -208,15 +209,9 @@ def _sample(question: Question, sides: dict[str, _Side], place: int) -> Sample:
     return Sample(prompt=readable(question.messages), reference=question.reference, base=base, adapter=adapter)
 
 
-def _stage(progress: Progress | None, name: str, total: int) -> Callable[[int], None] | None:
-    """A counter for one stage of the work."""
-    if progress is None or not total:
+def _stage(bar: Progress, name: str, total: int) -> Callable[[int], None] | None:
+    """A counter for one stage of the work; none where there is nothing to do."""
+    if not total:
         return None
-    done = 0
-
-    def report(rows: int) -> None:
-        nonlocal done
-        done += rows
-        progress(name, done, total)
-
-    return report
+    task = bar.add_task(name, total=total)
+    return lambda rows: bar.advance(task, rows)

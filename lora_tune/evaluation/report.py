@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_tune.evaluation.metrics import METRICS
+from lora_tune.terminal import printable
 
 if TYPE_CHECKING:
     from lora_tune.evaluation.evaluate import Comparison, Sample, Score
@@ -40,9 +41,9 @@ def samples_table(samples: Sequence[Sample]) -> RenderableType:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for name, text in (("prompt", sample.prompt), ("reference", sample.reference)):
-            table.add_row(name, Text(text))
-        table.add_row("base", Text(sample.base or "(nothing)", "dim"))
-        table.add_row("adapter", Text(sample.adapter or "(nothing)", "green"))
+            table.add_row(name, Text(printable(text)))
+        table.add_row("base", Text(printable(sample.base) or "(nothing)", "dim"))
+        table.add_row("adapter", Text(printable(sample.adapter) or "(nothing)", "green"))
         parts.append(table)
     return Group(*parts)
 

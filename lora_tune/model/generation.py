@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lora_tune.model.shape import read_shape
 
@@ -72,7 +72,7 @@ def generate(
     with evaluating(model), _only_greedy(base, chat, max_new_tokens):
         for batch in _batches(lengths, batch_size, most_tokens=_most_tokens(base)):
             ids_BT, mask_BT = _left_padded([prompts[row] for row in batch], chat.pad_id, device=base.device)
-            output_BT = cast(GenerationMixin, base).generate(input_ids=ids_BT, attention_mask=mask_BT)
+            output_BT = cast(Any, base).generate(input_ids=ids_BT, attention_mask=mask_BT)
             for row, new_T in zip(batch, output_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
                 answers[row] = _answer(chat, new_T)
             if progress:

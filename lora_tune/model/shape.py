@@ -33,8 +33,8 @@ _FUSED = {  # model types with other layers than q, k, v, o, gate, up, down
 }
 _LLAMA_LIKE = (
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma", "gemma2", "gemma3",
-    "gemma3_text", "gpt_oss", "olmo", "olmo2", "granite", "smollm3", "cohere", "cohere2", "stablelm", "phi", "deepseek_v3", "glm4",
-    "glm4_moe", "glm4_moe_lite", "exaone4", "qwen3_vl_text", "starcoder2",
+    "gemma3_text", "gpt_oss", "olmo", "olmo2", "granite", "smollm3", "cohere", "cohere2", "stablelm", "phi",
+    "deepseek_v3", "glm4", "glm4_moe", "glm4_moe_lite", "exaone4", "qwen3_vl_text", "starcoder2",
 )  # fmt: skip
 
 

@@ -1,0 +1,163 @@
+"""What fits into max_length: whole token rows, cut ones, pieces; and what is lost, written into the ledger."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from lora_tune.data.chat_template import NOTES
+from lora_tune.data.ledger import (
+    CONTROL_TOKENS,
+    LOST_END,
+    NO_LABEL,
+    PER_TURN,
+    SPLIT,
+    STRADDLES,
+    TOO_LONG,
+    TRUNCATED,
+    Ledger,
+    SourceLedger,
+    place_of,
+)
+from lora_tune.data.store import StoredConversations
+from lora_tune.data.token_file import TokenFile
+
+TooLong = Literal["truncate", "drop", "split"]
+_NOTED = {"straddles": STRADDLES, "control_tokens": CONTROL_TOKENS, "per_turn": PER_TURN}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Documents to train on: tokens `start` to `end` of token row `row`, each array (N,) int64."""
+
+    row: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def take(self, indices: np.ndarray) -> Pieces:
+        """The pieces at `indices`, in that order."""
+        return Pieces(self.row[indices], self.start[indices], self.end[indices])
+
+    def tokens(self, rows: TokenFile, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids (T,) int32 and mask (T,) uint8 of a piece; its first token is never trained."""
+        ids, mask = rows.tokens(int(self.row[index]))
+        start, end = int(self.start[index]), int(self.end[index])
+        if start:
+            mask = mask[start:end].copy()
+            mask[0] = 0
+            return ids[start:end], mask
+        return ids[:end], mask[:end]
+
+
+class Fitting:
+    """Fits the token rows of some conversations, and keeps the account of them in the ledger's training side."""
+
+    def __init__(self, conversations: StoredConversations, rows: TokenFile, ledger: Ledger, *, max_length: int) -> None:
+        self._conversations, self._rows, self._ledger, self._max_length = conversations, rows, ledger, max_length
+        self._sources = conversations.sources
+        self._found: list[tuple[int, int, int]] = []
+        self._why_none: dict[int, str] = dict.fromkeys(rows.errors, "refused by the chat template")
+
+    def pieces(self, too_long: TooLong) -> Pieces:
+        """All pieces in the order of the token rows; text rows are always split."""
+        rows, ledger = self._rows, self._ledger.sources
+        fits = (rows.length <= self._max_length) & (rows.trained > 0)
+        self._account_whole(fits)
+        for row in np.flatnonzero(~fits).tolist():
+            account = ledger[self._source(row)]
+            split = too_long == "split" or account.format == "text"
+            account.tokens_read += int(rows.length[row])
+            account.longest = max(account.longest, int(rows.length[row]))
+            if not rows.trained[row]:
+                self._drop(row, account, NO_LABEL)
+            elif split:
+                self._split(row, account)
+            elif too_long == "drop":
+                self._drop(row, account, TOO_LONG)
+            else:
+                self._truncate(row, account)
+        whole = np.flatnonzero(fits)
+        cut = np.array(self._found, dtype=np.int64).reshape(-1, 3)
+        row = np.concatenate([whole, cut[:, 0]])
+        start = np.concatenate([np.zeros(len(whole), np.int64), cut[:, 1]])
+        end = np.concatenate([rows.length[whole], cut[:, 2]])
+        found = Pieces(row, start, end).take(np.lexsort((start, row)))
+        self._account_conversations(found)
+        return found
+
+    def _source(self, row: int) -> int:
+        return int(self._sources[self._rows.conversation[row]])
+
+    def _place(self, row: int) -> str:
+        return place_of(*self._conversations.place(int(self._rows.conversation[row])))
+
+    def _account_whole(self, fits: np.ndarray) -> None:
+        rows = self._rows
+        source_of_row = self._sources[rows.conversation] if len(rows) else np.zeros(0, np.int32)
+        for number, account in enumerate(self._ledger.sources):
+            mine = source_of_row == number
+            whole = mine & fits
+            tokens = int(rows.length[whole].sum())
+            account.tokens_read += tokens
+            account.tokens_kept += tokens
+            account.tokens_trained += int(rows.trained[whole].sum())
+            account.token_rows += int(whole.sum())
+            account.longest = max(account.longest, int(rows.length[whole].max(initial=0)))
+            for bit, name in enumerate(NOTES):
+                if name in _NOTED:
+                    noted = np.flatnonzero(mine & ((rows.notes >> bit & 1) == 1))
+                    _, first = np.unique(rows.conversation[noted], return_index=True)
+                    if len(first):
+                        account.note(_NOTED[name], self._place(int(noted[0])), len(first))
+
+    def _drop(self, row: int, account: SourceLedger, why: str) -> None:
+        account.tokens_dropped += int(self._rows.length[row])
+        self._why_none.setdefault(int(self._rows.conversation[row]), why)
+
+    def _keep(self, row: int, start: int, end: int, account: SourceLedger) -> None:
+        self._found.append((row, start, end))
+        account.token_rows += 1
+        account.tokens_kept += end - start
+        mask = self._rows.tokens(row)[1]
+        account.tokens_trained += int(mask[start + (start > 0) : end].sum())
+
+    def _truncate(self, row: int, account: SourceLedger) -> None:
+        length, kept = int(self._rows.length[row]), self._max_length
+        if not self._rows.tokens(row)[1][:kept].any():
+            self._drop(row, account, NO_LABEL)
+            return
+        self._keep(row, 0, kept, account)
+        account.tokens_lost += length - kept
+        account.note(TRUNCATED, self._place(row))
+        if self._rows.last_trained[row] >= kept:
+            account.note(LOST_END, self._place(row))
+
+    def _split(self, row: int, account: SourceLedger) -> None:
+        length, mask = int(self._rows.length[row]), self._rows.tokens(row)[1]
+        for start in range(0, length, self._max_length):
+            end = min(start + self._max_length, length)
+            if mask[start + (start > 0) : end].any():
+                self._keep(row, start, end, account)
+            else:
+                account.tokens_lost += end - start
+                account.note("a piece without a label is dropped", self._place(row))
+        account.note(SPLIT, self._place(row))
+
+    def _account_conversations(self, found: Pieces) -> None:
+        """Conversations without a piece are dropped; those with some turns left note the turns that are not."""
+        kept = np.zeros(len(self._conversations), dtype=bool)
+        kept[self._rows.conversation[found.row]] = True
+        for number, why in self._why_none.items():
+            account = self._ledger.sources[int(self._sources[number])]
+            place = place_of(*self._conversations.place(number))
+            if kept[number]:
+                account.note(f"a turn is dropped: {why}", place)
+            else:
+                account.drop(why, place)
+        for number, account in enumerate(self._ledger.sources):
+            account.kept = int(np.count_nonzero(kept & (self._sources == number)))

@@ -1,0 +1,208 @@
+"""The pipeline: data sources to checked conversations, and conversations to the packed rows that are trained.
+
+    read_conversations   files, hub      -> conversations, checked, split, hashed   (checking.py; no tokenizer)
+    encode               conversations   -> token rows on disk, cached              (token_file.py)
+                         token rows      -> pieces of at most max_length            (fit.py)
+                         pieces          -> an epoch by weights, packed             (split.py, packing.py)
+
+In memory stay some 100 bytes a row; texts and tokens are on disk and memory-mapped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from lora_tune.data.chat_template import NOTES, ChatTemplate, LossOn, TokenRow
+from lora_tune.data.checking import Conversations, read_conversations
+from lora_tune.data.conversation import Conversation
+from lora_tune.data.fit import Fitting, Pieces
+from lora_tune.data.ledger import Ledger, Packing
+from lora_tune.data.packing import pack
+from lora_tune.data.sources import SourceIdentity, as_dataset
+from lora_tune.data.split import epoch_copies
+from lora_tune.data.store import StoredConversations
+from lora_tune.data.token_file import TokenFile, cache_folder, token_file
+from lora_tune.errors import DataError, Problem
+from lora_tune.recipe import DataSource, Limits, Train
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["Conversations", "Prepared", "encode", "read_conversations"]
+IGNORED = -100  # label of a token that is not trained
+_CHUNK = 256  # sequences written at a time
+_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("seq_lengths", pa.list_(pa.int32())),
+        ("rows", pa.list_(pa.list_(pa.int64()))),
+    ]
+)
+
+
+@dataclass
+class Prepared:
+    """What is trained and what is held out.
+
+    `train`: one packed sequence a row, with `input_ids` and `labels` (-100: not trained), `seq_lengths` of its documents
+    and `rows`, [source, line] of each. `held_out_rows` are the token rows of `held_out`, of at most max_length tokens.
+    """
+
+    train: Dataset
+    held_out: tuple[Conversation, ...]
+    held_out_rows: tuple[TokenRow, ...]
+    ledger: Ledger
+    identities: tuple[SourceIdentity, ...]
+
+
+def encode(
+    conversations: Conversations, chat: ChatTemplate, *, loss_on: LossOn, train: Train, limits: Limits, seed: int
+) -> Prepared:
+    """Token rows of all conversations, fitted, weighted and packed. Needs no model.
+
+    Raises:
+        DataError: rows that the template refuses (unless `on_bad_row: drop`), or a limit of the ledger is exceeded.
+    """
+    ledger = conversations.ledger
+    rows = token_file(conversations.train, chat, loss_on=loss_on)
+    held_out_tokens = token_file(conversations.held_out, chat, loss_on=loss_on)
+    _refuse(
+        conversations.train, rows, conversations.data, held_out=conversations.held_out, held_out_rows=held_out_tokens
+    )
+    fitting = Fitting(conversations.train, rows, ledger, max_length=train.max_length)
+    pieces = fitting.pieces(train.too_long)
+    held_out, held_out_rows = _held_out(conversations.held_out, held_out_tokens, ledger, train)
+    ledger.check(limits)
+    epoch = _weighted(pieces, rows, conversations.train, conversations.data, ledger=ledger, seed=seed)
+    sources = conversations.train.sources[rows.conversation[epoch.row]]
+    alone = np.array([not (train.packing and source.pack) for source in conversations.data])[sources]
+    sequences = pack(epoch.end - epoch.start, alone, max_length=train.max_length, seed=seed)
+    tokens = int((epoch.end - epoch.start).sum())
+    ledger.packing = Packing(len(sequences), len(epoch), tokens, train.max_length)
+    dataset = _written(sequences, epoch, rows, conversations.train)
+    return Prepared(dataset, held_out, held_out_rows, ledger, conversations.identities)
+
+
+def _refuse(
+    train: StoredConversations,
+    rows: TokenFile,
+    data: Sequence[DataSource],
+    *,
+    held_out: StoredConversations,
+    held_out_rows: TokenFile,
+) -> None:
+    """Raises: DataError naming every row that the chat template refuses, but those of sources with `on_bad_row: drop`."""
+    problems = []
+    for conversations, tokens in ((train, rows), (held_out, held_out_rows)):
+        for number, reason in tokens.errors.items():
+            source = int(conversations.sources[number])
+            if data[min(source, len(data) - 1)].on_bad_row == "refuse":
+                file, line = conversations.place(number)
+                fix = "repair the row, or set on_bad_row: drop"
+                problems.append(Problem(f"the chat template refuses the row: {reason}", fix, file=file, line=line))
+    if problems:
+        raise DataError(problems)
+
+
+def _weighted(
+    pieces: Pieces,
+    rows: TokenFile,
+    conversations: StoredConversations,
+    data: Sequence[DataSource],
+    *,
+    ledger: Ledger,
+    seed: int,
+) -> Pieces:
+    """The pieces of one epoch: those of a conversation as often as the weight of its source says."""
+    kept = np.unique(rows.conversation[pieces.row])
+    sources = conversations.sources[kept]
+    copies = np.zeros(len(conversations), dtype=np.int64)
+    copies[kept] = epoch_copies(sources, [source.weight for source in data], seed=seed)
+    for number, account in enumerate(ledger.sources):
+        account.epoch_rows = int(copies[conversations.sources == number].sum())
+    return pieces.take(np.repeat(np.arange(len(pieces)), copies[rows.conversation[pieces.row]]))
+
+
+def _held_out(
+    conversations: StoredConversations, rows: TokenFile, ledger: Ledger, train: Train
+) -> tuple[tuple[Conversation, ...], tuple[TokenRow, ...]]:
+    """Conversations and token rows to evaluate on; those without a label are dropped and counted as such."""
+    aside = Ledger([type(account)(name=account.name, format=account.format) for account in ledger.sources])
+    pieces = Fitting(conversations, rows, aside, max_length=train.max_length).pieces(train.too_long)
+    for account, counted in zip(ledger.sources, aside.sources, strict=True):
+        account.held_out -= counted.dropped_rows
+        for cause, count in counted.dropped.items():
+            account.drop(f"{cause} (held out)", count.first, count.rows)
+    found = []
+    for index in range(len(pieces)):
+        row = int(pieces.row[index])
+        ids, mask = pieces.tokens(rows, index)
+        number = int(rows.conversation[row])
+        file, line = conversations.place(number)
+        notes = frozenset(name for bit, name in enumerate(NOTES) if rows.notes[row] >> bit & 1)
+        found.append(TokenRow(ids, mask.astype(bool), int(conversations.sources[number]), file, line, notes))
+    kept = np.unique(rows.conversation[pieces.row]) if len(pieces) else ()
+    return tuple(conversations[int(number)] for number in kept), tuple(found)
+
+
+def _written(
+    sequences: list[list[int]], pieces: Pieces, rows: TokenFile, conversations: StoredConversations
+) -> Dataset:
+    """The packed sequences as a memory-mapped data set; its file goes when the process does."""
+    sources = conversations.sources
+    folder = cache_folder() / "packed"
+    folder.mkdir(exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow", delete=False) as file:
+        path = Path(file.name)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
+        for start in range(0, len(sequences), _CHUNK):
+            chunk = sequences[start : start + _CHUNK]
+            flat = [index for sequence in chunk for index in sequence]
+            tokens = [pieces.tokens(rows, index) for index in flat]
+            ids = np.concatenate([ids for ids, _ in tokens])
+            labels = np.where(np.concatenate([mask for _, mask in tokens]), ids, np.int32(IGNORED))
+            lengths = np.array([len(ids) for ids, _ in tokens], dtype=np.int32)
+            numbers = rows.conversation[pieces.row[flat]]
+            places = [[int(sources[number]), conversations.place(int(number))[1]] for number in numbers]
+            ends = np.concatenate([[0], np.cumsum([len(sequence) for sequence in chunk])])
+            edges = np.concatenate([[0], np.cumsum(lengths)])[ends]
+            digest.update(ids.tobytes() + labels.tobytes() + lengths.tobytes())
+            stream.write_batch(_batch(ids, labels, lengths, edges=edges, ends=ends, places=places))
+    with pa.memory_map(str(path)) as source:
+        table = pa.ipc.open_stream(source).read_all()
+    path.unlink()
+    return as_dataset(table, fingerprint=digest.hexdigest()[:16])
+
+
+def _batch(
+    ids: np.ndarray,
+    labels: np.ndarray,
+    lengths: np.ndarray,
+    *,
+    edges: np.ndarray,
+    ends: np.ndarray,
+    places: list[list[int]],
+) -> pa.RecordBatch:
+    """One record batch from flat tokens; `edges` are the sequences' borders in tokens, `ends` in documents."""
+
+    def lists(borders: np.ndarray, values: pa.Array) -> pa.ListArray:
+        return pa.ListArray.from_arrays(pa.array(borders.astype(np.int32)), values)
+
+    documents = lists(np.arange(len(places) + 1) * 2, pa.array(np.array(places, dtype=np.int64).reshape(-1)))
+    columns = [
+        lists(edges, pa.array(ids)),
+        lists(edges, pa.array(labels)),
+        lists(ends, pa.array(lengths)),
+        lists(ends, documents),
+    ]
+    return pa.record_batch(columns, schema=_SCHEMA)

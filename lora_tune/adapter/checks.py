@@ -1,8 +1,8 @@
 """What an adapter folder must satisfy before anything of it is loaded: a table of small checks in stages. No torch.
 
-Each check takes the `Subject` and yields problems; a stage that finds errors ends the row, because the next one builds on
-it. A new check is one function and one line in `STAGES`. What is checked and why: research of 70 hostile folders that
-PEFT loads, or hangs on, without a word.
+Each check takes the `Subject` and yields problems; a stage that finds errors ends the row, because the next one builds
+on it. A new check is one function and one line in `STAGES`. PEFT verifies nothing: it loads, or hangs on, most of what
+is refused here, without a word.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from lora_tune.adapter import expected_keys as keys
-from lora_tune.adapter.folder import CHECKPOINTS, CONFIG, FILES, MANIFEST, TEMPLATE, WEIGHTS, Manifest, file_record, read_manifest
+from lora_tune.adapter.folder import (
+    CHECKPOINTS,
+    CONFIG,
+    FILES,
+    MANIFEST,
+    TEMPLATE,
+    WEIGHTS,
+    Manifest,
+    file_record,
+    read_manifest,
+)
 from lora_tune.adapter.lora_config import LoraSettings, check_config, read_settings
 from lora_tune.adapter.regular_file import read_json_object, regular_file
 from lora_tune.adapter.tensor_file import TensorEntry, read_header, worst_value
@@ -71,7 +81,7 @@ def run_checks(subject: Subject) -> list[Problem]:
     return problems
 
 
-# ----- files ------------------------------------------------------------------------------------------------------------
+# ----- files -----
 def _is_folder(subject: Subject) -> Iterator[Problem]:
     if not subject.folder.is_dir():
         yield Problem("is no folder", "give the folder that holds adapter_config.json", str(subject.folder))
@@ -100,7 +110,9 @@ def _no_pickles(subject: Subject) -> Iterator[Problem]:
         if entry.name in _TRAINERS and (subject.folder / WEIGHTS).exists():
             yield Problem("is a pickle of a trainer; it is never opened", "delete it", str(entry), severity="warning")
         else:
-            yield Problem("not supported: a pickle can run code; it is never opened", "convert it to safetensors", str(entry))
+            yield Problem(
+                "not supported: a pickle can run code; it is never opened", "convert it to safetensors", str(entry)
+            )
 
 
 def _no_unknown_files(subject: Subject) -> Iterator[Problem]:
@@ -112,7 +124,7 @@ def _no_unknown_files(subject: Subject) -> Iterator[Problem]:
             yield Problem("is not part of an adapter folder", "move it elsewhere", str(entry), severity="warning")
 
 
-# ----- configuration and manifest -----------------------------------------------------------------------------------------
+# ----- configuration and manifest -----
 def _config_fields(subject: Subject) -> Iterator[Problem]:
     subject.content = read_json_object(subject.folder / CONFIG, max_bytes=CONFIG_BYTES)
     for problem in check_config(subject.content):
@@ -122,7 +134,12 @@ def _config_fields(subject: Subject) -> Iterator[Problem]:
 def _manifest(subject: Subject) -> Iterator[Problem]:
     path = subject.folder / MANIFEST
     if not path.exists() and not path.is_symlink():
-        yield Problem("no manifest: hashes, base fingerprint and test vectors cannot be checked", "", subject.at(MANIFEST), severity="note")
+        yield Problem(
+            "no manifest: hashes, base fingerprint and test vectors cannot be checked",
+            "",
+            subject.at(MANIFEST),
+            severity="note",
+        )
         return
     subject.manifest = manifest = read_manifest(subject.folder)
     for name in (CONFIG, WEIGHTS):
@@ -137,14 +154,18 @@ def _hashes(subject: Subject) -> Iterator[Problem]:
     for name, record in (subject.manifest.files if subject.manifest else {}).items():
         path = subject.folder / name
         if name not in FILES or name == MANIFEST:
-            yield Problem("the manifest names a file that is none of an adapter folder", "write the folder again", subject.at(name[:80]))
+            yield Problem(
+                "the manifest names a file that is none of an adapter folder",
+                "write the folder again",
+                subject.at(name[:80]),
+            )
         elif not path.exists():
             yield Problem("is in the manifest, but not in the folder", "copy the whole folder again", str(path))
         elif regular_file(path) != record.size or file_record(path) != record:
             yield Problem("differs from its hash in the manifest: damaged or edited", "copy the file again", str(path))
 
 
-# ----- tensors ------------------------------------------------------------------------------------------------------------
+# ----- tensors -----
 def _header(subject: Subject) -> Iterator[Problem]:
     subject.header = read_header(subject.folder / WEIGHTS)
     if not subject.header:
@@ -152,7 +173,7 @@ def _header(subject: Subject) -> Iterator[Problem]:
 
 
 def _tensor_names(subject: Subject) -> Iterator[Problem]:
-    """Exactly the keys and shapes that configuration and base imply: any other may overwrite the base or other adapters."""
+    """Exactly the keys and shapes that configuration and base imply: any other may overwrite the base's tensors."""
     where, header, settings = subject.at(WEIGHTS), subject.header, subject.known_settings()
     if subject.shapes is None:
         yield from _tensor_pairs(subject)
@@ -165,18 +186,28 @@ def _tensor_names(subject: Subject) -> Iterator[Problem]:
         expected = {key: shape for key, shape in expected.items() if key not in optional}
     missing, extra = sorted(expected.keys() - header.keys()), sorted(header.keys() - expected.keys())
     if missing:
-        yield Problem(f"{len(missing)} of {len(expected)} tensors are missing: {_list(missing)}", "give the base of this adapter, whole", where)
+        yield Problem(
+            f"{len(missing)} of {len(expected)} tensors are missing: {_list(missing)}",
+            "give the base of this adapter, whole",
+            where,
+        )
     if extra:
-        yield Problem(f"{len(extra)} tensors that configuration and base do not imply: {_list(extra)}", "do not use it", where)
+        yield Problem(
+            f"{len(extra)} tensors that configuration and base do not imply: {_list(extra)}", "do not use it", where
+        )
     yield from _wrong_shapes({key: expected[key] for key in expected.keys() & header.keys()}, subject)
 
 
 def _wrong_shapes(expected: keys.Shapes, subject: Subject) -> Iterator[Problem]:
     wrong = [key for key in sorted(expected) if subject.header[key].shape != tuple(expected[key])]
     for key in wrong[:1]:
-        reason = f"{len(wrong)} tensors have another shape than rank and base imply: {key} must be {list(expected[key])}"
+        reason = (
+            f"{len(wrong)} tensors have another shape than rank and base imply: {key} must be {list(expected[key])}"
+        )
         got = list(subject.header[key].shape)
-        yield Problem(f"{reason}, got {got}", "give the base and the configuration of this adapter", subject.at(WEIGHTS))
+        yield Problem(
+            f"{reason}, got {got}", "give the base and the configuration of this adapter", subject.at(WEIGHTS)
+        )
 
 
 def _tensor_pairs(subject: Subject) -> Iterator[Problem]:
@@ -215,18 +246,25 @@ def _is_other_key(settings: LoraSettings, key: str) -> bool:
 
 
 def _values(subject: Subject) -> Iterator[Problem]:
-    for fault, is_wrong in (("not finite", math.isinf), (f"over {MOST_VALUE:g}", lambda value: MOST_VALUE < value < math.inf)):
+    for fault, is_wrong in (
+        ("not finite", math.isinf),
+        (f"over {MOST_VALUE:g}", lambda value: MOST_VALUE < value < math.inf),
+    ):
         worst = _worst_values(subject)
         wrong = sorted(key for key, value in worst.items() if is_wrong(value))
         if wrong:
-            yield Problem(f"{len(wrong)} tensors hold values that are {fault}: {_list(wrong)}", "do not use it", subject.at(WEIGHTS))
+            yield Problem(
+                f"{len(wrong)} tensors hold values that are {fault}: {_list(wrong)}",
+                "do not use it",
+                subject.at(WEIGHTS),
+            )
 
 
 def _worst_values(subject: Subject) -> Mapping[str, float]:
     return {key: worst_value(subject.folder / WEIGHTS, entry) for key, entry in subject.header.items()}
 
 
-# ----- the base -----------------------------------------------------------------------------------------------------------
+# ----- the base -----
 def _base(subject: Subject) -> Iterator[Problem]:
     """Names differ from machine to machine, so only a fingerprint decides; the name is never followed."""
     manifest, named = subject.manifest, subject.known_settings().base_name
@@ -234,12 +272,23 @@ def _base(subject: Subject) -> Iterator[Problem]:
         if manifest.base.fingerprint != subject.base_fingerprint:
             reason = f"belongs to base {manifest.base.name!r} with fingerprint {manifest.base.fingerprint[:12]}"
             fix = "give the base that it was trained on"
-            yield Problem(f"{reason}, got {subject.base_name!r} with {subject.base_fingerprint[:12]}", fix, subject.at(MANIFEST), key="base")
+            yield Problem(
+                f"{reason}, got {subject.base_name!r} with {subject.base_fingerprint[:12]}",
+                fix,
+                subject.at(MANIFEST),
+                key="base",
+            )
         return
     if subject.base_name is None:
         return
     if not named:
-        yield Problem("names no base", "make sure that it is the right one", subject.at(CONFIG), key="base_model_name_or_path", severity="warning")
+        yield Problem(
+            "names no base",
+            "make sure that it is the right one",
+            subject.at(CONFIG),
+            key="base_model_name_or_path",
+            severity="warning",
+        )
     elif named.rstrip("/").rpartition("/")[2] != subject.base_name.rstrip("/").rpartition("/")[2]:
         reason = f"names the base {named[:80]!r}, got {subject.base_name!r}"
         fix = "make sure that it is the same model"

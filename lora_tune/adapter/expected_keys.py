@@ -1,7 +1,7 @@
 """Which tensors, of which shapes, an adapter must have: implied by its configuration and the base's tensors. No torch.
 
-PEFT's names in `adapter_model.safetensors` for a module `model.layers.0.self_attn.q_proj`, all under `base_model.model.`:
-`….lora_A.weight` (rank, in), `….lora_B.weight` (out, rank), with DoRA `….lora_magnitude_vector` (out,); for an embedding
+PEFT's names in `adapter_model.safetensors`, all under `base_model.model.`: for a linear layer `….lora_A.weight`
+(rank, in), `….lora_B.weight` (out, rank), with DoRA `….lora_magnitude_vector` (out,); for an embedding
 `….lora_embedding_A` (rank, rows), `….lora_embedding_B` (width, rank); for a module trained in full its own parameters;
 for trained tokens `….token_adapter.trainable_tokens_delta` (tokens, width).
 """
@@ -27,15 +27,17 @@ _LAYER = re.compile(r"\.(\d+)\.")
 def module_shapes(tensors: Shapes, *, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The parameters by the names that they have in the loaded model.
 
-    `tensors` are those of the files; `config` is the base's `config.json`. A tied head gets the shape of the embeddings,
-    and a missing `model.` or `transformer.` in front of old checkpoints' names is put there.
+    `tensors` are those of the files; `config` is the base's `config.json`. A tied head gets the shape of the
+    embeddings, and a missing `model.` or `transformer.` in front of old checkpoints' names is put there.
     """
     shapes = {name: tuple(shape) for name, shape in tensors.items()}
     if not any(name.startswith(("model.", "transformer.", "gpt_neox.", "language_model.")) for name in shapes):
         body = "transformer." if "n_embd" in config or any(name.startswith("h.") for name in shapes) else "model."
         shapes = {name if name.startswith(_OUTPUTS) else body + name: shape for name, shape in shapes.items()}
     if "lm_head.weight" not in shapes:
-        tied = next((shape for name, shape in shapes.items() if _last(name.removesuffix(".weight")) in _EMBEDDINGS), None)
+        tied = next(
+            (shape for name, shape in shapes.items() if _last(name.removesuffix(".weight")) in _EMBEDDINGS), None
+        )
         if tied and config.get("tie_word_embeddings", True):
             shapes["lm_head.weight"] = tied
     return shapes
@@ -63,7 +65,9 @@ def unmatched_names(settings: LoraSettings, shapes: Shapes) -> list[tuple[str, s
     modules = {name.rpartition(".")[0] for name in shapes}
     modules |= {parent for module in modules for parent in _parents(module)}
     targets = () if isinstance(settings.targets, str) else settings.targets
-    named = [("target_modules", name) for name in targets] + [("modules_to_save", name) for name in settings.modules_to_save]
+    named = [("target_modules", name) for name in targets] + [
+        ("modules_to_save", name) for name in settings.modules_to_save
+    ]
     return [(field, name) for field, name in named if not any(names_module(name, module) for module in modules)]
 
 
@@ -83,7 +87,9 @@ def is_target(settings: LoraSettings, module: str) -> bool:
     if not named or settings.layers is None:
         return named
     if settings.layers_pattern:
-        found = next((m for p in settings.layers_pattern if (m := re.search(rf"\.{re.escape(p)}\.(\d+)\.", "." + module))), None)
+        found = next(
+            (m for p in settings.layers_pattern if (m := re.search(rf"\.{re.escape(p)}\.(\d+)\.", "." + module))), None
+        )
     else:
         found = _LAYER.search(module)
     return found is not None and int(found[1]) in settings.layers
@@ -103,7 +109,9 @@ def _update_keys(settings: LoraSettings, module: str, shape: tuple[int, ...]) ->
 def _modules(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """{module: shape of its matrix} for modules with a two-dimensional `weight`."""
     return {
-        name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2
     }
 
 

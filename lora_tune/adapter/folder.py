@@ -179,11 +179,15 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_symlink() and not path.exists():
-        raise CheckFailed(Problem("no manifest: the run is not finished, or another tool wrote this folder", file=str(path)))
+        raise CheckFailed(
+            Problem("no manifest: the run is not finished, or another tool wrote this folder", file=str(path))
+        )
     content = read_json_object(path, max_bytes=_MANIFEST_BYTES)
     if content.get("format") != FORMAT:
         fix = "install a newer lora_tune"
-        raise CheckFailed(Problem(f"manifest format {FORMAT} is read here, got {content.get('format')!r}"[:200], fix, str(path)))
+        raise CheckFailed(
+            Problem(f"manifest format {FORMAT} is read here, got {content.get('format')!r}"[:200], fix, str(path))
+        )
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
@@ -276,10 +280,16 @@ def _refuse_use(folder: Path, mode: Mode) -> None:
     known = [name for name in held if name in FILES or name == CHECKPOINTS]
     shown = ", ".join(held[:3]) + (" …" if len(held) > 3 else "")
     if mode == "new":
-        fix = "choose another output" if not known else "continue with --resume, start again with --overwrite, or choose another output"
+        fix = (
+            "choose another output"
+            if not known
+            else "continue with --resume, start again with --overwrite, or choose another output"
+        )
         raise UsageError(Problem(f"the folder is in use: it holds {shown}", fix, str(folder), key="output"))
     if not known:
-        raise UsageError(Problem(f"is no run folder: it holds {shown}", "choose another output", str(folder), key="output"))
+        raise UsageError(
+            Problem(f"is no run folder: it holds {shown}", "choose another output", str(folder), key="output")
+        )
     if mode == "resume" and MANIFEST in held:
         fix = "start again with --overwrite, or continue it as a new run with lora.start_from"
         raise UsageError(Problem("the run is finished", fix, str(folder), key="output"))

@@ -1,12 +1,13 @@
 """The one loader of adapters in the project: whatever it loads has passed the checks first.
 
 PEFT's own loading obeys the folder: it may rewrite the base's weights (`init_lora_weights`), overwrite them (a tensor
-named like one of the base's) or leave out what does not fit, without a word. Here the layers are made from settings that
-were checked, and the tensors are put into exactly these layers, in the dtype of the file; everything else is an error.
+named like one of the base's) or leave out what does not fit, without a word. Here the layers are made from settings
+that were checked, and the tensors are put into exactly these layers, in the dtype of the file; all else is an error.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 
 from lora_tune.adapter.checks import Subject, run_checks
-from lora_tune.adapter.folder import WEIGHTS
+from lora_tune.adapter.folder import CONFIG, WEIGHTS
 from lora_tune.errors import CheckFailed, Problem
+from lora_tune.model.base import fit_embeddings
 from lora_tune.model.methods import SavedAdapter
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ _SETTINGS = (
     "ensure_weight_tying",
 )  # fmt: skip
 """Fields of `adapter_config.json` that decide what an adapter computes; no other one reaches PEFT."""
+
+
+_UPSTREAM_WARNINGS = (".*tie_word_embeddings.*", ".*ensure_weight_tying.*", ".*is_gradient_checkpointing.*")
 
 
 def read_adapter(folder: Path) -> SavedAdapter:
@@ -55,18 +60,33 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, name: str = "default")
 
 def attach_saved(model: PreTrainedModel, saved: SavedAdapter, *, name: str = "default") -> PeftModel:
     """Put an adapter that is already in memory, and checked, on a base. Raises: CheckFailed where it does not fit."""
+    _make_room(model, saved.config.get("trainable_token_indices"))
     settings = {key: saved.config[key] for key in _SETTINGS if saved.config.get(key) is not None}
     config = LoraConfig(task_type="CAUSAL_LM", inference_mode=True, lora_dropout=0.0, **settings)
     devices = [device for device in {parameter.device for parameter in model.parameters()} if device.type == "cuda"]
-    with torch.random.fork_rng(devices=devices):  # PEFT draws numbers for A, which are overwritten below
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():  # PEFT draws A, which is overwritten below
+        for message in _UPSTREAM_WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
         wrapped = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
     _put(wrapped, saved.tensors, name=name)
     wrapped.requires_grad_(False)
     return wrapped.eval()
 
 
+def _make_room(model: PreTrainedModel, trained: Mapping[str, list[int]] | list[int] | None) -> None:
+    """Rows of the embedding for new tokens, as at training; they must follow the base's own."""
+    ids = {index for part in (trained.values() if isinstance(trained, Mapping) else [trained or []]) for index in part}
+    rows = model.config.get_text_config().vocab_size
+    if ids and max(ids) >= rows + len(ids):
+        reason = (
+            f"trains token {max(ids)}, but the base has {rows} rows of embeddings and {len(ids)} tokens are trained"
+        )
+        raise CheckFailed(Problem(reason, "give the base of this adapter", CONFIG, key="trainable_token_indices"))
+    fit_embeddings(model, max(ids, default=-1) + 1)
+
+
 def live_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """{parameter: shape} of a loaded base; a quantized matrix counts with its real shape (out, in), not the packed one."""
+    """{parameter: shape} of a loaded base; a quantized matrix has its real shape (out, in), not the packed one."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -80,7 +100,9 @@ def _put(model: PeftModel, tensors: Mapping[str, torch.Tensor], *, name: str) ->
     missing, extra = sorted(slots.keys() - tensors.keys()), sorted(tensors.keys() - slots.keys())
     for fault, keys in (("is missing", missing), ("has no place in this base", extra)):
         if keys:
-            raise CheckFailed(Problem(f"{len(keys)} tensors: {keys[0]} {fault}", "give the base of this adapter", WEIGHTS))
+            raise CheckFailed(
+                Problem(f"{len(keys)} tensors: {keys[0]} {fault}", "give the base of this adapter", WEIGHTS)
+            )
     own = {parameter.data_ptr(): parameter for parameter in model.parameters()}
     for key, slot in slots.items():
         parameter, tensor = own[slot.data_ptr()], tensors[key]

@@ -64,7 +64,9 @@ def check_config(content: Mapping[str, Any]) -> list[Problem]:
             problems.append(Problem("is missing", "a LoRA adapter needs it", key=field))
     kind = content.get("peft_type")
     if kind != "LORA":
-        return [Problem(f"not supported: peft_type must be LORA, got {_shown(kind)}", "use a LoRA adapter", key="peft_type")]
+        return [
+            Problem(f"not supported: peft_type must be LORA, got {_shown(kind)}", "use a LoRA adapter", key="peft_type")
+        ]
     for field, value in content.items():
         check = FIELDS.get(field)
         wanted = check(value) if check else _unknown(value)
@@ -88,7 +90,9 @@ def read_settings(content: Mapping[str, Any]) -> LoraSettings:
         layers=(layers,) if isinstance(layers, int) else tuple(layers) if layers else None,
         layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern or ()),
         modules_to_save=tuple(content.get("modules_to_save") or ()),
-        trained_tokens={"": len(tokens)} if isinstance(tokens, list) else {name: len(ids) for name, ids in tokens.items()},
+        trained_tokens={"": len(tokens)}
+        if isinstance(tokens, list)
+        else {name: len(ids) for name, ids in tokens.items()},
         rank_pattern=content.get("rank_pattern") or {},
         alpha_pattern=content.get("alpha_pattern") or {},
         rslora=bool(content.get("use_rslora")),
@@ -102,9 +106,10 @@ def read_settings(content: Mapping[str, Any]) -> LoraSettings:
 def _check_scales(settings: LoraSettings) -> list[Problem]:
     names = ["", *settings.rank_pattern, *settings.alpha_pattern]
     worst = max(names, key=settings.scale_of)
-    if settings.scale_of(worst) <= MOST_SCALE:
+    scale = settings.scale_of(worst)
+    if scale <= MOST_SCALE:
         return []
-    reason = f"alpha / r is out of bounds: the update would be multiplied by {settings.scale_of(worst):.3g}, at most {MOST_SCALE:g}"
+    reason = f"alpha / r is out of bounds: the update would be multiplied by {scale:.3g}, at most {MOST_SCALE:g}"
     return [Problem(reason, "lower it", key="alpha_pattern" if worst else "lora_alpha")]
 
 
@@ -125,7 +130,9 @@ def _shown(value: Any) -> str:
 
 def _unknown(value: Any) -> str | None:
     """Newer versions of PEFT write new fields; one that is off changes nothing."""
-    return None if value in (None, False, "") or value == {} or value == [] else "not supported: unknown field must be off"
+    return (
+        None if value in (None, False, "") or value == {} or value == [] else "not supported: unknown field must be off"
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -247,7 +254,9 @@ FIELDS: dict[str, Check] = {
     "inference_mode": _flag,
     "r": _rank,
     "lora_alpha": _alpha,
-    "lora_dropout": lambda value: None if _is_number(value) and 0 <= value < 1 else "must be a number from 0 to below 1",
+    "lora_dropout": lambda value: (
+        None if _is_number(value) and 0 <= value < 1 else "must be a number from 0 to below 1"
+    ),
     "target_modules": _targets,
     "exclude_modules": _names,
     "modules_to_save": _names,
@@ -262,7 +271,9 @@ FIELDS: dict[str, Check] = {
     "use_dora": _flag,
     "ensure_weight_tying": _flag,
     "bias": lambda value: None if value in ("none", None) else "not supported: trained biases; bias must be none",
-    "megatron_core": lambda value: None if value in ("megatron.core", None) else "not supported: names a module to import",
+    "megatron_core": lambda value: (
+        None if value in ("megatron.core", None) else "not supported: names a module to import"
+    ),
     "megatron_config": _off("megatron_config"),
     "loftq_config": _off("loftq_config changes the base's weights at load"),
     "layer_replication": _off("layer_replication rebuilds the base"),

@@ -36,7 +36,9 @@ def read_capped(path: Path, *, max_bytes: int) -> bytes:
     """The bytes of a regular file. Raises: CheckFailed where it is none or larger than `max_bytes`."""
     size = regular_file(path)
     if size > max_bytes:
-        raise CheckFailed(Problem(f"at most {max_bytes} bytes are read, got {size}", "remove what does not belong there", str(path)))
+        raise CheckFailed(
+            Problem(f"at most {max_bytes} bytes are read, got {size}", "remove what does not belong there", str(path))
+        )
     try:
         with path.open("rb") as stream:
             return stream.read(max_bytes + 1)[:max_bytes]
@@ -72,7 +74,9 @@ def read_json_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
     """The content of a small JSON file that holds an object. Raises: CheckFailed."""
     content = read_json(path, max_bytes=max_bytes)
     if not isinstance(content, dict):
-        raise CheckFailed(Problem(f"must hold a JSON object, got {type(content).__name__}", "write the file again", str(path)))
+        raise CheckFailed(
+            Problem(f"must hold a JSON object, got {type(content).__name__}", "write the file again", str(path))
+        )
     return content
 
 

@@ -70,8 +70,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 def worst_value(path: Path, entry: TensorEntry) -> float:
     """The largest absolute value of a tensor, rounded down to a power of two; `inf` where one is not finite.
 
-    Looks at the bits alone (sign dropped, the rest of a float orders like an integer): no conversion, and at most 32 MiB
-    in memory.
+    Looks at the bits alone (without its sign, a float orders like an integer): no conversion, at most 64 MiB in memory.
     """
     import numpy
 

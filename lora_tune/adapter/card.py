@@ -1,0 +1,249 @@
+"""The model card (README.md) of an adapter folder: the hub's metadata, scores with intervals, samples, how to load."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_tune.adapter.folder import Manifest
+from lora_tune.model.source import BaseSource
+from lora_tune.recipe import Recipe
+
+METRIC_NAMES = {
+    "loss": "held-out loss (nats per token, lower is better)",
+    "exact_match": "exact match (share of answers, higher is better)",
+    "rouge_l": "ROUGE-L (higher is better)",
+}
+_LICENSE_UNKNOWN = "Unknown: the base names none here. Look up the licences of base and data before sharing."
+_MOST_SAMPLE = 2000  # characters of one text
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One held-out row with the answers of base and adapter."""
+
+    prompt: str
+    reference: str
+    base: str
+    adapter: str
+
+
+def model_card(
+    manifest: Manifest,
+    *,
+    name: str,
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    samples: Sequence[Sample],
+    source: BaseSource,
+) -> str:
+    """The whole card as Markdown with YAML in front. `config` is the content of adapter_config.json."""
+    license_name = base_license(source)
+    parts = [
+        _metadata(manifest, license_name=license_name),
+        f"# {name}\n\n{_summary(manifest, config)}",
+        _scores(manifest),
+        _samples(samples),
+        _loading(manifest, _new_rows(config, source)),
+        _data(manifest),
+        _training(manifest, recipe, config),
+        _verification(manifest),
+        f"## Licence\n\n{license_name + ', from the base.' if license_name else _LICENSE_UNKNOWN}",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def base_license(source: BaseSource) -> str | None:
+    """The licence that the base's own card declares, where the card lies beside the base."""
+    card = source.folder / "README.md"
+    if not card.is_file():
+        return None
+    head = re.match(r"---\r?\n(.*?)\r?\n---", card.read_text(encoding="utf-8", errors="replace")[:20_000], re.DOTALL)
+    found = re.search(r"^license:\s*([A-Za-z0-9][A-Za-z0-9.+-]*)\s*$", head[1], re.MULTILINE) if head else None
+    return found[1] if found else None
+
+
+def _metadata(manifest: Manifest, *, license_name: str | None) -> str:
+    """The YAML that the hub reads; `base_model` and `datasets` only hold names that exist there."""
+    from huggingface_hub import ModelCardData
+
+    is_on_hub = manifest.base.kind == "hub"
+    data = ModelCardData(
+        base_model=manifest.base.name if is_on_hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["lora", "adapter", "lora_tune"],
+        datasets=sorted({item.name for item in manifest.data if item.revision}) or None,
+        license=license_name or "other",
+        license_name=None if license_name else "unknown",
+    )
+    text = data.to_yaml()
+    return f"---\n{text}\nbase_model_relation: adapter\n---" if is_on_hub else f"---\n{text}\n---"
+
+
+def _summary(manifest: Manifest, config: Mapping[str, Any]) -> str:
+    base, training = manifest.base, manifest.training
+    where = f" at revision `{base.revision}`" if base.revision else ""
+    link = f"[{base.name}](https://huggingface.co/{base.name})" if base.kind == "hub" else f"`{base.name}`"
+    rows = sum(item.rows for item in manifest.data)
+    kind = {"builtin": " (the base that lora_tune brings along)", "local": " (a local folder)", "hub": ""}[base.kind]
+    return (
+        f"A {training.method} adapter of rank {config['r']} for {link}{kind}{where}, trained by {manifest.tool} on "
+        f"{_plural(rows, 'row')} for {_plural(training.steps, 'step')}, with the base held in {_held(manifest)}."
+    )
+
+
+def _held(manifest: Manifest) -> str:
+    base = manifest.base
+    if base.quantize == "none":
+        return base.compute_dtype
+    double = " with double quantization" if base.double_quant and base.quantize in ("nf4", "fp4") else ""
+    return f"{base.quantize}{double}, computing in {base.compute_dtype}"
+
+
+def _scores(manifest: Manifest) -> str:
+    if not manifest.scores:
+        return "## Scores\n\nNot measured: the recipe held no rows out."
+    rows = [
+        (
+            METRIC_NAMES.get(metric, metric),
+            f"{score.base:.4g}",
+            f"{score.adapter:.4g}",
+            f"{score.adapter - score.base:+.4g} [{score.low:+.4g}, {score.high:+.4g}]",
+            score.rows,
+        )
+        for metric, score in manifest.scores.items()
+    ]
+    table = _table(("metric", "base", "adapter", "difference [95 % interval]", "held-out rows"), rows)
+    return f"## Scores\n\nBase and adapter on the same held-out rows, paired bootstrap.\n\n{table}"
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    if not samples:
+        return ""
+    texts = ["## Before and after\n\nHeld-out rows, greedy answers."]
+    for sample in samples:
+        fields = (
+            ("prompt", sample.prompt),
+            ("reference", sample.reference),
+            ("base", sample.base),
+            ("adapter", sample.adapter),
+        )
+        texts += [f"**{title}**\n\n{_fenced(text)}" for title, text in fields]
+        texts.append("---")
+    return "\n\n".join(texts[:-1])
+
+
+def _loading(manifest: Manifest, new_rows: int) -> str:
+    base = manifest.base
+    name = {
+        "hub": base.name,
+        "local": f"path/to/{base.name}",
+        "builtin": f"lora_tune/builtin/{base.name.removeprefix('builtin:')}",
+    }[base.kind]
+    resize = f"base.resize_token_embeddings({new_rows})  # room for the new tokens\n" if new_rows else ""
+    revision = f', revision="{base.revision}"' if base.revision else ""
+    return (
+        "## Load it\n\n```python\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{name}"{revision}, dtype="{base.compute_dtype}")\n'
+        f"{resize}"
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder", autocast_adapter_dtype=False)\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\n'
+        "Prompts are rendered by this folder's `chat_template.jinja` "
+        f"({_ORIGINS[manifest.chat.origin]}); an answer ends at token id "
+        f"{' or '.join(map(str, manifest.chat.stop_ids))}."
+    )
+
+
+def _new_rows(config: Mapping[str, Any], source: BaseSource) -> int:
+    """How many rows the embeddings need for the trained tokens; 0 where the base has them."""
+    trained = config.get("trainable_token_indices") or {}
+    needed = 1 + max((index for ids in trained.values() for index in ids), default=-1)
+    return needed if needed > source.config.get("vocab_size", needed) else 0
+
+
+_ORIGINS = {
+    "base": "the base's own",
+    "file": "given by the recipe",
+    "default": "lora_tune's default, as the base has none",
+}
+
+
+def _data(manifest: Manifest) -> str:
+    rows = [
+        (f"`{_cell(item.name)}`", item.format, item.rows, item.revision or "", f"`{item.sha256[:16]}…`")
+        for item in manifest.data
+    ]
+    table = _table(("source", "format", "rows", "revision", "sha256 of the content"), rows)
+    totals = manifest.ledger.get("total")
+    counts = ""
+    if isinstance(totals, dict):
+        lines = [(str(key).replace("_", " "), f"{value:,}") for key, value in totals.items() if isinstance(value, int)]
+        intro = "Every row and token that was read (`ledger.json` has the whole account):"
+        counts = f"\n\n{intro}\n\n{_table(('', 'total'), lines)}"
+    return f"## Trained on\n\n{table}{counts}"
+
+
+def _training(manifest: Manifest, recipe: Recipe, config: Mapping[str, Any]) -> str:
+    training = manifest.training
+    facts: list[tuple[str, object]] = [
+        ("method", training.method),
+        ("rank, alpha", f"{config['r']}, {config['lora_alpha']}"),
+        ("target modules", ", ".join(config["target_modules"])),
+        ("trainable parameters", training.trainable_parameters),
+        ("steps", training.steps),
+        ("batch", f"{training.batch_size} sequences ({training.micro_batch_size} × {training.accumulation})"),
+        ("longest sequence", f"{training.max_length} tokens"),
+        ("learning rate", f"{training.learning_rate:g}, {training.schedule}"),
+        ("optimizer", training.optimizer),
+        ("tokens", training.tokens),
+        ("tokens with a loss", training.trained_tokens),
+        ("final training loss", None if training.final_loss is None else f"{training.final_loss:.4g}"),
+        (
+            "time",
+            None
+            if training.seconds is None
+            else f"{training.seconds:,.0f} s on {training.device or 'an unknown device'}",
+        ),
+        ("loss on", recipe.loss_on),
+        ("seed", manifest.seed),
+        ("libraries", ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())),
+    ]
+    rows = [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in facts if value is not None]
+    table = _table(("setting", "value"), rows)
+    return f"## Training\n\n`recipe.yaml` holds every setting.\n\n{table}\n\n![loss](loss.png)"
+
+
+def _verification(manifest: Manifest) -> str:
+    base = " --base path/to/the/base" if manifest.base.kind == "local" else ""
+    return (
+        "## Verified\n\n`manifest.json` has the sha256 of every file and the fingerprint of the base; "
+        "`test_vectors.json` has log-probabilities of base and adapter, which\n\n```\n"
+        f"lora-tune adapters verify path/to/this/folder{base}\n"
+        "```\n\nreplays on your machine: it shows that base, chat template and adapter really loaded, at the scale of "
+        "training."
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(str(value)) for value in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _fenced(text: str) -> str:
+    """A text as a code block that it cannot end, whatever it holds."""
+    shown = text if len(text) <= _MOST_SAMPLE else text[:_MOST_SAMPLE] + " …"
+    longest = max((len(run) for run in re.findall(r"`+", shown)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{shown}\n{fence}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,64 @@
+"""Folding an adapter into its base, and how far two models' answers are apart."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from lora_tune.errors import CheckFailed, Problem
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Two models over the same positions."""
+
+    kl: float
+    """Mean Kullback-Leibler divergence KL(reference ‖ other) over the positions, in nats."""
+    worst_kl: float
+    """The largest one."""
+    top1: float
+    """Share of positions at which both find the same token most likely."""
+    positions: int
+
+
+def merge_into(model: PeftModel) -> PreTrainedModel:
+    """Fold the active adapter into its base and take PEFT's layers away; the base is changed in place.
+
+    Raises: CheckFailed where a merged weight is not finite, or the base is quantized: its rounding would be merged.
+    """
+    base = cast("PreTrainedModel", model.get_base_model())
+    if "quantization_config" in base.config.to_dict():
+        raise CheckFailed(Problem("a quantized base cannot take the adapter in", "load it with quantize: none"))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise CheckFailed(Problem(f"the adapter cannot be merged: {error}", "verify the adapter")) from None
+    return merged
+
+
+@torch.no_grad()
+def position_log_probs(model: PreTrainedModel | PeftModel, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Log-probabilities (positions, V), float32 on the CPU, after every id of every prompt; one prompt at a time."""
+    rows = []
+    for ids in prompts:
+        row = torch.tensor([list(ids)], device=torch.device(model.device))
+        logits = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0]
+        rows.append(logits.float().log_softmax(dim=-1).cpu())
+    return torch.cat(rows)
+
+
+def divergence(reference: torch.Tensor, other: torch.Tensor) -> Divergence:
+    """How far `other` is from `reference`, both log-probabilities (positions, V)."""
+    kl = (reference.exp() * (reference - other)).sum(dim=-1).clamp_min(0.0)
+    same = reference.argmax(dim=-1) == other.argmax(dim=-1)
+    return Divergence(float(kl.mean()), float(kl.max()), float(same.float().mean()), len(kl))

@@ -1,4 +1,4 @@
-"""The base in memory: quantized or not, on a GPU or a CPU, its dtype always explicit. The only caller of bitsandbytes."""
+"""The base in memory: quantized or not, on GPU or CPU, its dtype always explicit. The only caller of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from lora_tune.errors import ResourceError, UsageError
 from lora_tune.model import hub
-from lora_tune.model.base_config import stored_bits
+from lora_tune.model.base_config import check_trust, stored_bits
 from lora_tune.model.source import BaseSource
 from lora_tune.model.weights import weight_files
 from lora_tune.recipe import Base
@@ -50,11 +50,7 @@ def load_base(source: BaseSource, base: Base, *, trust_remote_code: str | None =
         UsageError: weights missing, damaged or of another model; code not trusted; attention not available.
         ResourceError: the weights do not fit into the memory of the device.
     """
-    if trust_remote_code is not None and trust_remote_code != source.name:
-        raise UsageError(
-            f"--trust-remote-code names another repository than the base {source.name!r}, got {trust_remote_code!r}",
-            "name the base's own repository, or leave the flag out",
-        )
+    check_trust(source.name, trust_remote_code)
     if source.kind == "hub":
         hub.download(source.name, revision=source.revision, patterns=hub.WEIGHT_FILES)
     if not weight_files(source.folder):
@@ -83,7 +79,7 @@ def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool) -> PreTra
         "output_loading_info": True,
     }
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(str(source.folder), **settings)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(source.folder), **settings)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"{where}: its weights do not fit into GPU memory", "set base.quantize: nf4, or take a smaller base"
@@ -91,6 +87,7 @@ def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool) -> PreTra
     except (ImportError, ValueError, OSError, KeyError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{where}: cannot be loaded: {reason}", _hint(str(error))) from error
+    model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise UsageError(
@@ -124,10 +121,10 @@ def _quantization(source: BaseSource, base: Base) -> Any:
     )
 
 
-def linear4bit_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+def linear4bit_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """Names and modules of the 4-bit linear layers."""
     with _quiet():
-        from bitsandbytes.nn import Linear4bit
+        from bitsandbytes.nn.modules import Linear4bit
 
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
 
@@ -149,13 +146,13 @@ def full_weight(module: torch.nn.Module) -> torch.Tensor:
 
     with _quiet():
         from bitsandbytes.functional import dequantize_4bit
-        from bitsandbytes.nn import Linear4bit, Linear8bitLt
+        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-    weight = module.weight
+    weight: Any = module.weight
     if isinstance(module, Linear4bit):
         return dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)
     if isinstance(module, Linear8bitLt):
-        scale = weight.SCB if weight.SCB is not None else module.state.SCB
+        scale: torch.Tensor = weight.SCB if weight.SCB is not None else module.state.SCB  # type: ignore[assignment]
         return weight.data.to(torch.float32) * (scale.to(torch.float32) / 127)[:, None]
     return (weight.data.T if isinstance(module, Conv1D) else weight.data).to(torch.float32)
 
@@ -163,11 +160,13 @@ def full_weight(module: torch.nn.Module) -> torch.Tensor:
 @torch.no_grad()
 def fit_embeddings(model: PreTrainedModel, rows: int) -> None:
     """Give the embedding (and the output head) at least this many rows; new rows are the mean of the old ones."""
-    before = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    before = embedding.weight.shape[0]
     if before >= rows:
         return
     model.resize_token_embeddings(rows, mean_resizing=False)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+    resized: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
+    for module in resized:
         if module is not None:
             module.weight[before:] = module.weight[:before].float().mean(dim=0).to(module.weight.dtype)
             module.weight.requires_grad_(False)

@@ -25,6 +25,11 @@ _NOT_CAUSAL = {
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """The content of config.json; `name` stands in messages.
+
+    Raises:
+        UsageError: missing, too large, a Git LFS pointer, or not a JSON object.
+    """
     path = folder / "config.json"
     if not path.is_file():
         hint = "this is an adapter folder: name its base, and the adapter in lora.start_from"
@@ -42,6 +47,15 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"{path}: this must be a JSON object, got {type(config).__name__}", "copy it again")
     return config
+
+
+def check_trust(name: str, trust_remote_code: str | None) -> None:
+    """Refuse a --trust-remote-code that names anything but the base: nobody trusts code by accident."""
+    if trust_remote_code is not None and trust_remote_code != name:
+        raise UsageError(
+            f"--trust-remote-code names another repository than the base {name!r}, got {trust_remote_code!r}",
+            "name the base's own repository, or leave the flag out",
+        )
 
 
 def check_kind(config: Mapping[str, Any], name: str, *, code: Literal["refused", "trusted"]) -> None:
@@ -85,6 +99,7 @@ def stored_bits(config: Mapping[str, Any]) -> Literal[4, 8] | None:
 
 
 def check_stored_quantization(config: Mapping[str, Any], name: str, *, quantize: str) -> None:
+    """Refuse weights that are stored quantized, but not by bitsandbytes or not as the recipe asks."""
     stored = config.get("quantization_config")
     if stored is None:
         return
@@ -101,5 +116,3 @@ def check_stored_quantization(config: Mapping[str, Any], name: str, *, quantize:
             f"base.quantize: {name!r} is stored as {fits[0]} already, got {quantize}",
             f"set base.quantize: {fits[0]}, or name the full-precision repository",
         )
-
-

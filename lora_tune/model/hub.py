@@ -33,6 +33,7 @@ def download(name: str, *, revision: str | None, patterns: tuple[str, ...]) -> t
         UsageError: gated, private, missing, unknown revision, offline without a copy, hub out of reach.
     """
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, as the hub has it
 
     where = f"base {name!r}" + (f" at revision {revision!r}" if revision else "")
     try:
@@ -56,7 +57,7 @@ def download(name: str, *, revision: str | None, patterns: tuple[str, ...]) -> t
         ) from error
     except errors.HFValidationError as error:
         raise UsageError(f"{where}: neither a hub repository (owner/name) nor a folder", "check the name") from error
-    except (errors.HfHubHTTPError, errors.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, HTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{where}: the download failed: {reason}", "check network, disk space and HF_TOKEN") from error
     return folder, commit_of(folder) or ""

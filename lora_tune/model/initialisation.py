@@ -17,7 +17,7 @@ from lora_tune.errors import UsageError
 from lora_tune.model.source import BaseSource
 from lora_tune.model.weights import TensorInfo, tensor_infos
 
-_EXACT_SVD = 1024  # up to this smaller side the SVD is exact; above it is randomised, which is hundreds of times quicker
+_EXACT_SVD = 1024  # up to this smaller side the SVD is exact; above, randomised and hundreds of times quicker
 _OVERSAMPLE, _POWER_STEPS = 16, 8
 _TOKENS_PER_BATCH = 512  # rows of a batch that enter the SVD of the layer inputs
 _SAME_WEIGHT = 0.5  # relative distance above which a stored weight is not the one that was quantized (nf4: 0.1)
@@ -41,7 +41,7 @@ def pissa_factors(weight: torch.Tensor, rank: int, scale: float) -> tuple[torch.
 
 
 def olora_factors(weight: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first r columns of Q and rows of R of W = Q·R (OLoRA, arXiv 2406.01775, section 3); the scale is not divided out."""
+    """The first r columns of Q and rows of R of W = Q·R, whatever the scale (OLoRA, arXiv 2406.01775, section 3)."""
     basis, triangle = torch.linalg.qr(weight)
     return triangle[:rank], basis[:, :rank]
 
@@ -49,7 +49,7 @@ def olora_factors(weight: torch.Tensor, rank: int, scale: float) -> tuple[torch.
 def loftq_factors(residual: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B such that scale·B·A is the best rank-r approximation of W - dequantize(quantize(W)).
 
-    This is LoftQ with one alternating step (arXiv 2310.08659, algorithm 1, T = 1), whose quantized base is the ordinary one.
+    LoftQ with one alternating step (arXiv 2310.08659, algorithm 1, T = 1), whose quantized base is the ordinary one.
     """
     return pissa_factors(residual, rank, scale)
 
@@ -92,7 +92,7 @@ class StoredWeights:
 class AnchoredLinear(nn.Module):
     """Half of a LoRA pair whose first part is trained and whose second part, the anchor, stays as it was at the start.
 
-    With A = [A_t; A_0] and B = [B_t, -B_0] the update is B_t·A_t - B_0·A_0: zero at the start, where both parts are equal.
+    With A = [A_t; A_0] and B = [B_t, -B_0] the update is B_t·A_t - B_0·A_0: zero at the start, where both are equal.
     `dim` is the axis of the rank in the weight (0 for A, 1 for B). State dictionaries hold the whole weight under the
     name `weight`, so that saving and loading see an ordinary linear layer of twice the rank; optimizers see the trained
     part alone.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,9 @@ from torch import nn
 from lora_tune.errors import Problem, RecipeError, UsageError
 from lora_tune.model import initialisation
 from lora_tune.model.base import fit_embeddings, full_weight
-from lora_tune.model.source import BaseSource, load_tokenizer, matches
+from lora_tune.model.base_fit import end_of
+from lora_tune.model.source import BaseSource, load_tokenizer
+from lora_tune.model.targets import NamedModules, named_modules
 from lora_tune.recipe import Base, Lora, Train
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ Factors = Callable[[torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]
 class Method:
     """What distinguishes an adapter method.
 
-    `factors` computes A and B from a (out, in) matrix, rank and scale; `of` says which matrix: the full-precision weight,
-    or what quantization took from it. `inputs` fills A from the layers' inputs.
+    `factors` computes A and B from a (out, in) matrix, rank and scale; `of` says which matrix: the full-precision
+    weight, or the residual that quantization took from it. `inputs` fills A from the layers' inputs instead.
     """
 
     dora: Literal["yes", "no"] = "no"
@@ -86,8 +87,8 @@ def attach(
         RecipeError: targets, patterns or modules that match nothing; `start` of another shape; eva without batches.
         UsageError: the full-precision weights for pissa, olora or loftq are not in the base's files.
     """
-    ids = _new_token_ids(model, lora, source)
-    config = lora_config(model, lora, source=source, token_ids=ids)
+    named = named_modules(model, lora, source=source, base=base)
+    config = lora_config(lora, named, source=source, token_ids=_new_token_ids(model, lora, source))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         for message in _UPSTREAM_WARNINGS:
@@ -104,24 +105,11 @@ _UPSTREAM_WARNINGS = (".*tie_word_embeddings.*", ".*ensure_weight_tying.*", ".*f
 
 
 def lora_config(
-    model: PreTrainedModel, lora: Lora, *, source: BaseSource, token_ids: Mapping[str, list[int]] | None
+    lora: Lora, named: NamedModules, *, source: BaseSource, token_ids: Mapping[str, list[int]] | None
 ) -> LoraConfig:
-    """The one place that fills PEFT's LoraConfig. Anchored methods train rank r and hold rank 2·r.
-
-    Raises:
-        RecipeError: names that match no module.
-    """
+    """The one place that fills PEFT's LoraConfig. Anchored methods train rank r and hold rank 2·r."""
     method = METHODS[lora.method]
     factor = 2 if method.anchored else 1
-    targets = resolve_targets(model, lora)
-    layers = _target_layers(model, targets)
-    problems = [
-        *_unmatched("lora.rank_pattern", lora.rank_pattern, layers),
-        *_unmatched("lora.alpha_pattern", lora.alpha_pattern, layers),
-        *_unmatched("lora.modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()]),
-    ]
-    if problems:
-        raise RecipeError(problems)
     return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=source.name,
@@ -129,8 +117,8 @@ def lora_config(
         r=lora.rank * factor,
         lora_alpha=_number(lora.alpha * factor),
         lora_dropout=lora.dropout,
-        target_modules=targets,
-        modules_to_save=sorted(lora.modules_to_save) or None,
+        target_modules=list(named.targets),
+        modules_to_save=list(named.modules_to_save) or None,
         rank_pattern={name: rank * factor for name, rank in sorted(lora.rank_pattern.items())},
         alpha_pattern={name: _number(alpha * factor) for name, alpha in sorted(lora.alpha_pattern.items())},
         trainable_token_indices=dict(token_ids) if token_ids else None,
@@ -141,52 +129,9 @@ def lora_config(
     )
 
 
-def _number(value: float) -> float | int:
+def _number(value: float) -> Any:
     """A whole number as int: some servers read alpha as an integer."""
     return int(value) if float(value).is_integer() else value
-
-
-def resolve_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
-    """The sorted names of the layers that get an adapter; `all-linear` is every linear layer but the output head.
-
-    Raises:
-        RecipeError: a name that matches no linear layer, or the output head.
-    """
-    head = model.get_output_embeddings()
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module) and module is not head}
-    if lora.targets == "all-linear":
-        head_names = {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
-        ends = {name: name.rpartition(".")[2] for name in linear}
-        return sorted({name if end in head_names else end for name, end in ends.items()})
-    problems = _unmatched("lora.targets", lora.targets, list(linear))
-    if problems:
-        raise RecipeError(problems)
-    return sorted(lora.targets)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, (nn.Linear, Conv1D))
-
-
-def _target_layers(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    linear = [name for name, module in model.named_modules() if _is_linear(module)]
-    return [name for target in targets for name in matches(target, linear)]
-
-
-def _unmatched(key: str, names: Iterable[str], modules: Iterable[str]) -> list[Problem]:
-    """One problem for each name that means none of the modules, with the nearest name that does."""
-    modules = list(modules)
-    ends = sorted({module.rpartition(".")[2] for module in modules})
-    problems = []
-    for name in names:
-        if matches(name, modules):
-            continue
-        near = difflib.get_close_matches(name.rpartition(".")[2], ends, n=1)
-        fix = f"did you mean {near[0]}?" if near else f"there are: {', '.join(ends[:20])}"
-        problems.append(Problem(f"matches no layer of the base, got {name!r}", fix, key=key))
-    return problems
 
 
 def _new_token_ids(model: PreTrainedModel, lora: Lora, source: BaseSource) -> dict[str, list[int]] | None:
@@ -194,17 +139,18 @@ def _new_token_ids(model: PreTrainedModel, lora: Lora, source: BaseSource) -> di
     if not lora.new_tokens:
         return None
     tokenizer = load_tokenizer(source, new_tokens=lora.new_tokens)
-    ids = sorted(tokenizer.convert_tokens_to_ids(list(lora.new_tokens)))
+    vocabulary = tokenizer.get_vocab()
+    ids = sorted(vocabulary[token] for token in lora.new_tokens)
     fit_embeddings(model, ids[-1] + 1)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+    names = {id(module): end_of(name) for name, module in model.named_modules()}
     rows = {names[id(embedding)]: ids}
     if head is not None and head.weight is not embedding.weight:
         rows[names[id(head)]] = ids
     return rows
 
 
-def _layers(model: PeftModel) -> dict[str, LoraLayer]:
+def _layers(model: PeftModel) -> dict[str, Any]:
     """The adapted layers by their name in the base."""
     prefix = "base_model.model."
     return {
@@ -260,7 +206,7 @@ def _continue(model: PeftModel, start: SavedAdapter) -> None:
     key, ours = "lora.start_from", model.peft_config[ADAPTER].to_dict()
     fields = {"r": "rank", "lora_alpha": "alpha", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern"}
     problems = [
-        Problem(f"that adapter has {field} {start.config.get(field)}, the recipe {ours[field]}", f"set lora.{name}", key=key)
+        Problem(f"that adapter has {field} {start.config.get(field)}, not {ours[field]}", f"set lora.{name}", key=key)
         for field, name in fields.items()
         if (start.config.get(field) or {}) != (ours[field] or {})
     ]

@@ -1,17 +1,17 @@
-"""Where a base comes from and whether it is one that can be trained: found and checked without reading a weight (cold)."""
+"""Where a base comes from, and whether it can be trained: found and checked without reading a weight (cold)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_tune.errors import UsageError
-from lora_tune.model import hub
-from lora_tune.model.base_config import check_kind, check_stored_quantization, read_config
-from lora_tune.model.weights import fingerprint
-from lora_tune.recipe import Base
+from lora_tune.errors import Problem, UsageError
+from lora_tune.model import base_fit, hub
+from lora_tune.model.base_config import check_kind, check_stored_quantization, check_trust, read_config, stored_bits
+from lora_tune.model.weights import fingerprint, tensor_infos
+from lora_tune.recipe import Base, Lora, Train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ class BaseSource:
 
     `name` is what adapters record: the hub id, `builtin:NAME`, or the folder's own name, never a path. `folder` holds
     config.json and the tokenizer (hub: the snapshot folder in the cache, without weights until `load_base`).
-    `revision` is the commit of a hub base. `config` is config.json.
+    `revision` is the commit of a hub base. `config` is config.json. `quantize` is how the recipe holds the weights.
     """
 
     name: str
@@ -34,6 +34,7 @@ class BaseSource:
     folder: Path
     revision: str | None
     config: dict[str, Any]
+    quantize: str = "nf4"
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -50,24 +51,20 @@ class BaseSource:
 def find_base(base: Base, *, trust_remote_code: str | None = None) -> BaseSource:
     """Find the base of a recipe; of a hub base config and tokenizer are downloaded, not the weights.
 
-    `trust_remote_code` is the repository named on the command line, whose own Python code may run.
+    `trust_remote_code` is the repository (or folder name) given on the command line, whose own Python code may run.
 
     Raises:
         UsageError: not found, no access, no causal language model, or stored in a way that LoRA cannot train on.
     """
-    if trust_remote_code is not None and trust_remote_code != base.name:
-        raise UsageError(
-            f"--trust-remote-code names another repository than the base {base.name!r}, got {trust_remote_code!r}",
-            "name the base's own repository, or leave the flag out",
-        )
     if base.name.startswith(_BUILTIN):
         source = _builtin(base)
     elif _is_path(base.name):
         source = _local(base)
     else:
-        files = (*hub.CONFIG_FILES, *hub.TOKENIZER_FILES, *(hub.CODE_FILES if trust_remote_code else ()))
+        files = (*hub.CONFIG_FILES, *hub.TOKENIZER_FILES, *(hub.CODE_FILES if trust_remote_code == base.name else ()))
         folder, commit = hub.download(base.name, revision=base.revision, patterns=files)
-        source = BaseSource(base.name, "hub", folder, commit, read_config(folder, base.name))
+        source = BaseSource(base.name, "hub", folder, commit, read_config(folder, base.name), base.quantize)
+    check_trust(source.name, trust_remote_code)
     check_kind(source.config, source.name, code="trusted" if trust_remote_code else "refused")
     check_stored_quantization(source.config, source.name, quantize=base.quantize)
     return source
@@ -85,7 +82,7 @@ def _builtin(base: Base) -> BaseSource:
         names = ", ".join(_BUILTIN + name for name in known) or "none"
         raise UsageError(f"no built-in base of that name, got {base.name!r}", f"there are: {names}")
     _refuse_revision(base)
-    return BaseSource(base.name, "builtin", folder, None, read_config(folder, base.name))
+    return BaseSource(base.name, "builtin", folder, None, read_config(folder, base.name), base.quantize)
 
 
 def _local(base: Base) -> BaseSource:
@@ -95,7 +92,8 @@ def _local(base: Base) -> BaseSource:
         raise UsageError(f"base: {what}, got {base.name!r}", "name a folder with config.json, or a hub id (owner/name)")
     _refuse_revision(base)
     config = read_config(folder, base.name)
-    return BaseSource(hub.repository_of(folder) or folder.name, "local", folder, hub.commit_of(folder), config)
+    name = hub.repository_of(folder) or folder.name
+    return BaseSource(name, "local", folder, hub.commit_of(folder), config, base.quantize)
 
 
 def _refuse_revision(base: Base) -> None:
@@ -105,6 +103,24 @@ def _refuse_revision(base: Base) -> None:
         )
 
 
+def check_against_base(source: BaseSource, *, lora: Lora, train: Train) -> list[Problem]:
+    """Everything about the adapter that does not fit this base, before a weight is read; errors, warnings and notes.
+
+    Names are checked against the headers of the weights: of a hub base that was never loaded here they are not known,
+    and `attach` refuses what matches nothing.
+    """
+    stored = f"{stored_bits(source.config)} bit" if source.quantization is not None else None
+    problems = base_fit.combination_problems(lora, quantize=source.quantize, stored=stored)
+    infos = tensor_infos(source.folder)
+    if infos:
+        problems += base_fit.layer_problems(lora, infos, quantize=source.quantize, experts=source.experts)
+    elif source.kind != "hub":
+        reason = f"{source.name!r} has no safetensors weights (model.safetensors)"
+        problems.append(Problem(reason, "pickled weights (.bin) are not read: convert them", key="base.name"))
+    problems += base_fit.length_problems(source.config, train)
+    return problems + base_fit.expert_notes(lora, experts=source.experts, quantize=source.quantize)
+
+
 def base_fingerprint(source: BaseSource) -> str:
     """SHA-256 of the base's weights (names, dtypes, shapes, both ends of each tensor), whatever the sharding.
 
@@ -112,11 +128,6 @@ def base_fingerprint(source: BaseSource) -> str:
         UsageError: the weights are not there (a hub base before `load_base`) or damaged.
     """
     return fingerprint(source.folder)
-
-
-def matches(name: str, modules: Iterable[str]) -> list[str]:
-    """The modules that a name means: the whole dotted path, or the end of it, as PEFT matches `target_modules`."""
-    return [module for module in modules if module == name or module.endswith("." + name)]
 
 
 def load_tokenizer(

@@ -12,7 +12,7 @@ from lora_tune.model.weights import is_lfs_pointer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A tokenizer needs the files of at least one of these; without any, AutoTokenizer makes one of the special tokens alone.
+# A tokenizer needs the files of one of these; without, AutoTokenizer makes one of the special tokens alone, silently.
 _VOCABULARIES = (
     ("tokenizer.json",),
     ("vocab.json", "merges.txt"),
@@ -53,7 +53,7 @@ def read_tokenizer(
         ) from error
     if len(ids) < 3 or all(token in tokenizer.all_special_ids for token in ids):
         raise UsageError(
-            f"base {name!r}: its tokenizer encodes ordinary text to {len(ids)} tokens of a vocabulary of {len(tokenizer)}",
+            f"base {name!r}: its tokenizer of {len(tokenizer)} tokens encodes ordinary text to {len(ids)} tokens",
             "tokenizer.json is missing or damaged: copy or download it again",
         )
     _add(tokenizer, new_tokens)
@@ -72,7 +72,8 @@ def _check_files(folder: Path, name: str) -> None:
     tiktoken = any(folder.glob("*.tiktoken"))
     if not tiktoken and not any(all((folder / file).is_file() for file in files) for files in _VOCABULARIES):
         raise UsageError(
-            f"base {name!r}: no tokenizer there", "a base needs tokenizer.json (or vocab.json with merges.txt, or tokenizer.model)"
+            f"base {name!r}: no tokenizer there",
+            "a base needs tokenizer.json (or vocab.json with merges.txt, or tokenizer.model)",
         )
 
 

@@ -123,6 +123,18 @@ def compare(
     )
 
 
+def sample_answers(
+    model: PeftModel, *, chat: ChatTemplate, conversations: Sequence[Conversation], evaluation: Eval, seed: int
+) -> list[tuple[str, str]]:
+    """Prompt and answer of the model as it is for `evaluation.samples` held-out rows, the same ones as in `compare`."""
+    found = [as_question(row, seed=seed) for row in choose(conversations, evaluation.max_rows, seed=seed)]
+    questions = sorted((row for row in found if row), key=lambda row: row.rank)[: evaluation.samples]
+    longest = _longest_answer(chat, [row.reference for row in questions])
+    prompts = [chat.prompt_ids(row.messages, tools=row.tools) for row in questions]
+    answers = generate(model, chat, prompts, max_new_tokens=longest)
+    return [(readable(row.messages), answer.text) for row, answer in zip(questions, answers, strict=True)]
+
+
 def choose(conversations: Sequence[Conversation], most: int | None, *, seed: int) -> list[Conversation]:
     """At most `most` conversations, chosen by a seeded hash of their content and kept in their order.
 

@@ -1,0 +1,287 @@
+"""`python -m lora_tune.run RECIPE`: train one adapter from one recipe. `run` below is the whole job; read it first."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lora_tune.adapter.folder import Manifest, Mode, ScoreRecord, claim_folder
+from lora_tune.errors import CheckFailed, Problem, RecipeError, UsageError
+from lora_tune.model.memory import device_budget, plan_memory
+from lora_tune.model.source import BaseSource, check_against_base, find_base, load_tokenizer
+from lora_tune.recipe import Recipe, Train
+from lora_tune.recipe_file import RecipeFile, read_recipe
+from lora_tune.terminal import activity, messages, print_json, print_problems, results, run_app
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from lora_tune.data.chat_template import ChatTemplate
+    from lora_tune.data.pipeline import Prepared
+    from lora_tune.evaluation.evaluate import Comparison
+    from lora_tune.training.evaluations import Evaluation
+    from lora_tune.training.trainer import RunTrainer
+
+app = typer.Typer(help="Train one adapter from one recipe.", add_completion=False)
+
+
+def run(file: RecipeFile, *, mode: Mode = "new", trust_remote_code: str | None = None) -> tuple[Manifest, Comparison]:
+    """From a recipe to a proven adapter folder; returns its manifest, and base against adapter on held-out rows.
+
+    Raises:
+        RecipeError, UsageError: the recipe, the base or the output folder does not do (exit 2).
+        DataError: rows are wrong, or a limit of the ledger is exceeded (exit 3); nothing was loaded or written.
+        ResourceError: it does not fit into memory (exit 4).
+        CheckFailed: a loss was not finite, or the folder did not pass its own verification (exit 1).
+        Interrupted: a signal came; `--resume` goes on from the checkpoint (exit 128 + its number).
+    """
+    recipe, folder = file.recipe, Path(file.recipe.output)
+    # 1. The base's config and tokenizer: does the recipe fit to them? No weight is read yet.
+    source = find_base(recipe.base)
+    _report(file, [*file.warnings, *check_against_base(source, lora=recipe.lora, train=recipe.train)])
+    # 2. Every row is read, checked and split; then tokens, loss mask and packing, with an account of all of it.
+    chat, prepared = _prepare(recipe, source)
+    # 3. What is at `auto` is decided once: micro-batch and checkpointed layers that fit into memory.
+    with claim_folder(folder, mode):
+        recipe = _resolve(recipe, source, folder=folder, mode=mode)
+        # 4. The frozen base, with a trainable adapter on it.
+        model = _load(recipe, source, prepared, trust_remote_code=trust_remote_code)
+        chat.align(model)
+        # 5. Training, with checkpoints, a live display and metrics.jsonl.
+        trainer = _train(model, recipe, source, prepared, chat=chat, mode=mode)
+        # 6. Base against adapter on the same held-out rows.
+        comparison = _compare(model, recipe, prepared, chat=chat)
+        # 7. The adapter folder: weights, tokenizer, template, recipe, ledger, test vectors, card, manifest.
+        manifest = _write(folder, recipe, source, prepared, chat=chat, trainer=trainer, comparison=comparison)
+    # 8. Proof: another process loads the folder on the base and replays the test vectors.
+    _prove(folder, recipe)
+    return manifest, comparison
+
+
+def _report(file: RecipeFile, problems: Iterable[Problem]) -> None:
+    """Print warnings with their place in the recipe. Raises RecipeError where one of the problems is an error."""
+    located = [file.locate(problem) for problem in problems]
+    if any(problem.severity == "error" for problem in located):
+        raise RecipeError(located)
+    print_problems(located)
+
+
+def _prepare(recipe: Recipe, source: BaseSource) -> tuple[ChatTemplate, Prepared]:
+    """Chat template and rows of the recipe; the ledger's warnings are printed."""
+    with activity("checking the data"):
+        from lora_tune.data.checking import read_conversations
+
+        conversations = read_conversations(recipe.data, hold_out=recipe.eval.hold_out, seed=recipe.seed)
+    with activity("tokenizing"):
+        from lora_tune.data.chat_template import load_chat_template
+        from lora_tune.data.pipeline import encode
+
+        tokenizer = load_tokenizer(source, new_tokens=recipe.lora.new_tokens)
+        text = Path(recipe.base.chat_template).read_text(encoding="utf-8") if recipe.base.chat_template else None
+        chat = load_chat_template(tokenizer, template=text, tools=conversations.has_tools)
+        prepared = encode(
+            conversations, chat, loss_on=recipe.loss_on, train=recipe.train, limits=recipe.limits, seed=recipe.seed
+        )
+    print_problems(prepared.ledger.warnings())
+    return chat, prepared
+
+
+def _resolve(recipe: Recipe, source: BaseSource, *, folder: Path, mode: Mode) -> Recipe:
+    """The recipe with its `auto` values decided: from memory for a new run, from the checkpoint for a resumed one."""
+    from lora_tune.training.checkpoint import newest
+
+    found = newest(folder, report=messages().print) if mode == "resume" else None
+    if found is not None:
+        changes = dict(found.run["resolved"])
+    else:
+        device, budget_gib = device_budget()
+        plan = plan_memory(
+            source.config, base=recipe.base, lora=recipe.lora, train=recipe.train, budget_gib=budget_gib, device=device
+        )
+        messages().print(plan.reason)
+        changes = {
+            "micro_batch_size": plan.micro_batch_size,
+            "gradient_checkpointing": plan.gradient_checkpointing,
+            "optimizer": "adamw" if recipe.train.optimizer == "auto" else recipe.train.optimizer,
+        }
+    train = Train.model_validate(recipe.train.model_dump() | changes)
+    return recipe.model_copy(update={"train": train})
+
+
+def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remote_code: str | None) -> PeftModel:
+    """The base on its device with a trainable adapter, its layers checkpointed as the recipe says."""
+    with activity(f"loading {source.name} ({recipe.base.quantize})"):
+        from lora_tune.adapter.load import read_adapter
+        from lora_tune.model.base import checkpoint_layers, load_base
+        from lora_tune.model.methods import attach
+        from lora_tune.training.batches import first_batches
+
+        start = read_adapter(Path(recipe.lora.start_from)) if recipe.lora.start_from else None
+        base = load_base(source, recipe.base, trust_remote_code=trust_remote_code)
+        batches = first_batches(prepared.train, device=base.device) if recipe.lora.method == "eva" else None
+        model = attach(
+            base, recipe.lora, source=source, base=recipe.base, seed=recipe.seed, batches=batches, start=start
+        )
+        layers = recipe.train.gradient_checkpointing
+        checkpoint_layers(model, "none" if layers == "auto" else layers)
+    return model
+
+
+def _train(
+    model: PeftModel, recipe: Recipe, source: BaseSource, prepared: Prepared, *, chat: ChatTemplate, mode: Mode
+) -> RunTrainer:
+    """Train, or go on from the newest checkpoint; returns the trainer with everything that it recorded."""
+    from lora_tune.model.methods import parameter_groups
+    from lora_tune.training.progress import TrainingDisplay, draw_loss, tracker_callbacks
+    from lora_tune.training.record import run_identity
+    from lora_tune.training.resume import RunFacts
+    from lora_tune.training.trainer import build
+
+    folder, train, lora = Path(recipe.output), recipe.train, recipe.lora
+    facts = RunFacts(
+        identity=run_identity(recipe, source, prepared, chat),
+        resolved=train.model_dump(include={"micro_batch_size", "gradient_checkpointing", "optimizer"}),
+        groups=partial(parameter_groups, model, lora=lora, train=train) if lora.plus_ratio else None,
+        sources=[entry.name for entry in prepared.identities],
+        display=TrainingDisplay(folder),
+        trackers=tracker_callbacks(recipe.track, folder=folder),
+        report=messages().print,
+    )
+    evaluation = _evaluation(recipe, prepared, chat) if recipe.eval.every else None
+    trainer = build(
+        model, prepared.train, train=train, evaluation=evaluation, seed=recipe.seed, folder=folder, chat=chat
+    ).for_run(facts)
+    trainer.train(resume_from_checkpoint=mode == "resume" or None)
+    draw_loss(folder / "metrics.jsonl", folder / "loss.png")
+    return trainer
+
+
+def _evaluation(recipe: Recipe, prepared: Prepared, chat: ChatTemplate) -> Evaluation:
+    """What is measured every `eval.every` steps: the held-out loss, and a few answers."""
+    from lora_tune.evaluation.evaluate import sample_answers
+    from lora_tune.evaluation.losses import mean_loss, row_losses
+    from lora_tune.training.evaluations import Evaluation
+
+    rows = prepared.held_out_rows
+    return Evaluation(
+        every=recipe.eval.every or 1,
+        measure=lambda model: {"loss": mean_loss(row_losses(model, rows, pad_id=chat.pad_id))},
+        keep="best" if recipe.eval.keep_best else "last",
+        stop_after=recipe.eval.stop_after,
+        answer=partial(
+            sample_answers, chat=chat, conversations=prepared.held_out, evaluation=recipe.eval, seed=recipe.seed
+        ),
+    )
+
+
+def _compare(model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: ChatTemplate) -> Comparison:
+    """Scores and samples of base and adapter on the held-out rows; none where no row is held out."""
+    from lora_tune.evaluation.evaluate import Comparison, compare
+
+    if not prepared.held_out:
+        return Comparison(scores={}, samples=())
+    held_out = (prepared.held_out, prepared.held_out_rows)
+    return compare(model, chat, held_out, metrics=recipe.metrics, evaluation=recipe.eval, seed=recipe.seed)
+
+
+def _write(
+    folder: Path,
+    recipe: Recipe,
+    source: BaseSource,
+    prepared: Prepared,
+    *,
+    chat: ChatTemplate,
+    trainer: RunTrainer,
+    comparison: Comparison,
+) -> Manifest:
+    """Everything that the adapter folder tells about this run."""
+    with activity(f"writing {folder}"):
+        from lora_tune.adapter.card import Sample
+        from lora_tune.adapter.vectors import make_test_vectors, precision
+        from lora_tune.adapter.write import FinishedRun, write_run
+        from lora_tune.model.base import compute_dtype
+        from lora_tune.model.methods import saved_adapter
+        from lora_tune.training.record import training_record
+
+        model, dtype = trainer.model, str(compute_dtype(recipe.base)).removeprefix("torch.")
+        here = precision(device=model.device.type, compute_dtype=dtype, quantize=recipe.base.quantize)
+        run = FinishedRun(
+            recipe=recipe,
+            source=source,
+            compute_dtype=dtype,
+            adapter=saved_adapter(model, lora=recipe.lora, source=source),
+            chat=chat,
+            identities=prepared.identities,
+            ledger=prepared.ledger.as_json(),
+            training=training_record(folder, recipe, trainer=trainer, prepared=prepared),
+            vectors=make_test_vectors(model, chat, made_on=here),
+            scores={name: ScoreRecord(**asdict(score)) for name, score in comparison.scores.items()},
+            samples=[Sample(**asdict(sample)) for sample in comparison.samples],
+        )
+        return write_run(folder, run)
+
+
+def _prove(folder: Path, recipe: Recipe) -> None:
+    """Load the folder on its base in a fresh process and replay the test vectors. Raises CheckFailed."""
+    with activity(f"verifying {folder} in a fresh process"):
+        command = [sys.executable, "-m", "lora_tune", "adapters", "verify", str(folder)]
+        command += ["--base", recipe.base.name, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        answer = json.loads(done.stdout) if done.stdout.startswith("{") else {"problems": []}
+        reasons = [Problem(**problem) for problem in answer["problems"]]
+        ended = Problem(f"verification ended with {done.returncode}: {done.stderr.strip()[-300:]}", file=str(folder))
+        raise CheckFailed(reasons or [ended])
+
+
+@app.command()
+def command(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.epochs=2")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older run in the output folder.")] = False,
+    trust_remote_code: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Run the code that comes with this base; name its repository.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train one adapter from one recipe: the output folder is the adapter, with scores and proof."""
+    if resume and overwrite:
+        raise UsageError("--resume continues a run and --overwrite replaces it", "give one of them")
+    mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
+    file = read_recipe(recipe, overrides=overrides or ())
+    manifest, comparison = run(file, mode=mode, trust_remote_code=trust_remote_code)
+    if as_json:
+        facts = manifest.model_dump(mode="json", include={"base", "training", "scores"})
+        print_json({"exit_code": 0, "output": file.recipe.output, **facts})
+    else:
+        _show(file.recipe.output, manifest, comparison)
+
+
+def _show(output: str, manifest: Manifest, comparison: Comparison) -> None:
+    """The result as a person reads it: answers before and after, scores, where the adapter is."""
+    from lora_tune.evaluation.report import samples_table, scores_table
+
+    console = results()
+    if comparison.samples:
+        console.print(samples_table(comparison.samples), soft_wrap=False)
+    if comparison.scores:
+        console.print(scores_table(comparison.scores), soft_wrap=False)
+    training = manifest.training
+    speed = (training.tokens or 0) / max(training.seconds or 0.0, 1e-9)
+    console.print(
+        f"{training.steps} steps, {training.tokens:,} tokens in {training.seconds:,.0f} s ({speed:,.0f} tokens/s), "
+        f"peak {training.peak_gib:.1f} GiB\n{output}: written and verified in a fresh process"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(app, name="python -m lora_tune.run"))

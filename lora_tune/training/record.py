@@ -1,0 +1,57 @@
+"""What a run is (so that only the same run is resumed) and what its training did (for the manifest)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_tune.adapter.folder import TrainingRecord
+from lora_tune.model.source import BaseSource, base_fingerprint
+from lora_tune.recipe import Recipe
+from lora_tune.training.progress import read_metrics
+
+if TYPE_CHECKING:
+    from lora_tune.data.chat_template import ChatTemplate
+    from lora_tune.data.pipeline import Prepared
+    from lora_tune.training.trainer import RunTrainer
+
+# what may differ between a run and its continuation: where things lie and what does not change a weight
+_FREE = {"output": True, "track": True, "base": {"name", "chat_template"}, "data": {"__all__": {"source"}}}
+
+
+def run_identity(recipe: Recipe, source: BaseSource, prepared: Prepared, chat: ChatTemplate) -> dict[str, Any]:
+    """What a continued run must share with the one that it continues: recipe, base, template and data by content."""
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude=_FREE),
+        "base": {"name": source.name, "fingerprint": base_fingerprint(source)},
+        "template": chat.sha256,
+        "data": {f"{number}:{entry.name}": entry.sha256 for number, entry in enumerate(prepared.identities)},
+    }
+
+
+def training_record(folder: Path, recipe: Recipe, *, trainer: RunTrainer, prepared: Prepared) -> TrainingRecord:
+    """Sum up the steps in `metrics.jsonl`, so that a resumed run counts all of them; seconds are those of the steps."""
+    train, rows = recipe.train, [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    return TrainingRecord(
+        method=recipe.lora.method,
+        steps=len(rows),
+        epochs=rows[-1]["epoch"] if rows else None,
+        rows=prepared.ledger.total("kept"),
+        tokens=sum(row["tokens"] for row in rows),
+        trained_tokens=sum(row["trained_tokens"] for row in rows),
+        seconds=round(sum(row["step_s"] for row in rows), 3),
+        final_loss=rows[-1]["loss"] if rows else None,
+        batch_size=train.batch_size,
+        micro_batch_size=trainer.steps.micro_batch_size,
+        accumulation=trainer.steps.accumulation,
+        max_length=train.max_length,
+        learning_rate=train.learning_rate,
+        optimizer=train.optimizer,
+        schedule=train.schedule,
+        gradient_checkpointing=train.gradient_checkpointing,
+        trainable_parameters=sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
+        peak_gib=max((row["gib"] for row in rows), default=None),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    )

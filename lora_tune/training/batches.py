@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 IGNORED = -100  # label of a token that is not trained
 _LARGEST_WASTE = 0.25  # share of padding above which the micro-batch stays one row
@@ -24,6 +27,7 @@ class EpochSampler(Sampler[int]):
         self.rows = rows
         self.seed = seed
         self.epoch = 0
+        self._known: tuple[int, list[int]] = (-1, [])
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (from 0) whose order the next iteration gives."""
@@ -31,8 +35,10 @@ class EpochSampler(Sampler[int]):
 
     def order(self, epoch: int) -> list[int]:
         """The row numbers of this epoch, each once."""
-        generator = torch.Generator().manual_seed((self.seed << 24) + epoch)
-        return torch.randperm(self.rows, generator=generator).tolist()
+        if self._known[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed << 24) + epoch)
+            self._known = (epoch, torch.randperm(self.rows, generator=generator).tolist())
+        return self._known[1]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order(self.epoch))
@@ -107,3 +113,11 @@ class FoldedCollator:
             "labels": spread(flat["labels"], IGNORED),
             "position_ids": torch.where(positions_BC < 0, steps_C - begins_BC, positions_BC),
         }
+
+
+def first_batches(rows: Dataset, *, device: torch.device, batches: int = 8) -> Iterator[dict[str, torch.Tensor]]:
+    """The first packed rows as the model reads them, one a batch (1, T); positions restart at every document."""
+    for row in rows.select(range(min(batches, len(rows)))):
+        positions = torch.cat([torch.arange(length) for length in row["seq_lengths"]])
+        ids = torch.tensor(row["input_ids"])
+        yield {"input_ids": ids[None].to(device), "position_ids": positions[None].to(device)}

@@ -13,12 +13,13 @@ from lora_tune.recipe import Recipe
 from lora_tune.training.progress import read_metrics
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from lora_tune.data.chat_template import ChatTemplate
     from lora_tune.data.pipeline import Prepared
-    from lora_tune.training.trainer import RunTrainer
 
 # what may differ between a run and its continuation: where things lie and what does not change a weight
-_FREE = {"output": True, "track": True, "base": {"name", "chat_template"}, "data": {"__all__": {"source"}}}
+_FREE: Any = {"output": True, "track": True, "base": {"name", "chat_template"}, "data": {"__all__": {"source"}}}
 
 
 def run_identity(recipe: Recipe, source: BaseSource, prepared: Prepared, chat: ChatTemplate) -> dict[str, Any]:
@@ -31,9 +32,10 @@ def run_identity(recipe: Recipe, source: BaseSource, prepared: Prepared, chat: C
     }
 
 
-def training_record(folder: Path, recipe: Recipe, *, trainer: RunTrainer, prepared: Prepared) -> TrainingRecord:
+def training_record(folder: Path, recipe: Recipe, *, model: PeftModel, prepared: Prepared) -> TrainingRecord:
     """Sum up the steps in `metrics.jsonl`, so that a resumed run counts all of them; seconds are those of the steps."""
     train, rows = recipe.train, [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    micro_batch_size = train.batch_size if train.micro_batch_size == "auto" else train.micro_batch_size
     return TrainingRecord(
         method=recipe.lora.method,
         steps=len(rows),
@@ -44,14 +46,14 @@ def training_record(folder: Path, recipe: Recipe, *, trainer: RunTrainer, prepar
         seconds=round(sum(row["step_s"] for row in rows), 3),
         final_loss=rows[-1]["loss"] if rows else None,
         batch_size=train.batch_size,
-        micro_batch_size=trainer.steps.micro_batch_size,
-        accumulation=trainer.steps.accumulation,
+        micro_batch_size=micro_batch_size,
+        accumulation=train.batch_size // micro_batch_size,
         max_length=train.max_length,
         learning_rate=train.learning_rate,
         optimizer=train.optimizer,
         schedule=train.schedule,
         gradient_checkpointing=train.gradient_checkpointing,
-        trainable_parameters=sum(weight.numel() for weight in trainer.model.parameters() if weight.requires_grad),
+        trainable_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         peak_gib=max((row["gib"] for row in rows), default=None),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     )

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from lora_tune.training import checkpoint, state
 from lora_tune.training.evaluations import Evaluations, Standing
+from lora_tune.training.progress import TrainingDisplay
 from lora_tune.training.schedule import Steps
 
 _TRAINER_STATE = "trainer_state.json"  # the name that transformers reads
@@ -27,14 +27,15 @@ class RunFacts:
 
     `identity` is compared field by field at resume; `resolved` holds values fixed at the start of the run; both stand
     in every checkpoint. `groups` makes the optimizer's parameter groups (LoRA+). `sources` names the data sources
-    by number for messages about rows. `callbacks` are the display and the trackers.
+    by number for messages about rows; `report` gets lines worth reading, such as a checkpoint that was not written.
     """
 
     identity: Mapping[str, Any] = field(default_factory=dict)
     resolved: Mapping[str, Any] = field(default_factory=dict)
     groups: Callable[[], list[dict[str, Any]]] | None = None
     sources: Sequence[str] = ()
-    callbacks: Sequence[TrainerCallback] = ()
+    display: TrainingDisplay | None = None
+    trackers: Sequence[TrainerCallback] = ()
     report: Callable[[str], None] = print
 
 

@@ -7,14 +7,12 @@ epoch), the guard against numbers that are not finite, evaluations that leave no
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,15 +22,14 @@ os.environ["DISABLE_TELEMETRY"] = "1"
 
 import psutil
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
-from lora_tune.errors import CheckFailed, DataError, Interrupted, Problem, ResourceError
+from lora_tune.errors import CheckFailed, DataError, Interrupted, Problem
 from lora_tune.recipe import Train
-from lora_tune.training import checkpoint, state
+from lora_tune.training import state
 from lora_tune.training.batches import IGNORED, EpochSampler, FoldedCollator
 from lora_tune.training.evaluations import Evaluation, Evaluations
 from lora_tune.training.resume import ResumableTrainer, RunFacts
@@ -44,6 +41,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_tune.data.chat_template import ChatTemplate
+
+# transformers 5.23 renamed the argument; older releases (constraints/gpu.txt) have the first name only
+_CHECKPOINTING_ARGUMENTS = {"gradient_checkpointing", "activation_checkpointing"} & {f.name for f in fields(SFTConfig)}
+
 
 def build(
     model: PeftModel,
@@ -101,7 +102,7 @@ def _sft_config(model: PeftModel, *, train: Train, steps: Steps, seed: int, fold
         # a mixture's balancing loss is a mean over each micro-batch: with it the loss would depend on its size
         router_aux_loss_coef=0.0,
         # layers are checkpointed by model/base.py, checkpoints and display are ours
-        gradient_checkpointing=False,
+        **dict.fromkeys(_CHECKPOINTING_ARGUMENTS, False),
         save_strategy="no",
         eval_strategy="no",
         logging_strategy="steps",
@@ -140,6 +141,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         self.keep_checkpoints = train.keep_checkpoints
         self.save_every = train.save_every
         self._sampler = EpochSampler(len(rows), seed=args.seed)
+        self._row_tokens = [sum(lengths) for lengths in rows["seq_lengths"]]
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._head = self.model.get_output_embeddings()
         self._fused_head = args.device.type == "cuda" and type(self._head) is nn.Linear
@@ -155,7 +157,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
     def for_run(self, facts: RunFacts) -> RunTrainer:
         """Tell the trainer what to record and compare; returns the trainer itself."""
         self.facts = facts
-        for callback in facts.callbacks:
+        for callback in (*([facts.display] if facts.display else []), *facts.trackers):
             self.add_callback(callback)
         return self
 
@@ -177,7 +179,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
             self.state.global_step = start.step
             result = TrainOutput(start.step, 0.0, {})
         else:
-            with self._watch:
+            with self._watch, closing(self.facts.display) if self.facts.display else nullcontext():
                 result = super().train(resume_from_checkpoint=str(start.folder) if start else None)
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self._watch.caught is not None:
@@ -194,7 +196,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         self._step_began = time.perf_counter()
         self._micro_losses = []
         batches = list(islice(epoch_iterator, num_batches))
-        self._step_tokens = sum(batch["input_ids"].numel() for batch in batches)
+        self._step_tokens = sum(self._row_tokens[number] for number in self._rows_of_step())
         self._step_trained_tokens = torch.stack([(batch["labels"] != IGNORED).sum() for batch in batches]).sum()
         return batches, self._step_trained_tokens.to(device)
 
@@ -252,17 +254,21 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
 
     def _not_finite(self, loss: float, norm: float) -> Problem:
         """What to say of a step that was refused: its number and the rows of the micro-batches that are to blame."""
-        step, size = self.state.global_step, self.steps.micro_batch_size
-        epoch, position = divmod(step, self.steps.steps_per_epoch)
-        order = self._sampler.order(epoch)[position * self.steps.accumulation * size :]
+        rows, size = self._rows_of_step(), self.steps.micro_batch_size
         micro_batches = range(len(self._micro_losses))
         bad = [index for index in micro_batches if not bool(torch.isfinite(self._micro_losses[index]))]
-        numbers = [number for index in bad or micro_batches for number in order[index * size : (index + 1) * size]]
+        numbers = [number for index in bad or micro_batches for number in rows[index * size : (index + 1) * size]]
         return Problem(
-            f"step {step + 1}: the loss is {loss}, the norm of the gradient {norm}; the step was not taken"
+            f"step {self.state.global_step + 1}: the loss is {loss}, the norm of the gradient {norm}; the step was not taken"
             + self._places(numbers),
             "look at these rows, or lower train.learning_rate; --resume goes on from the last checkpoint",
         )
+
+    def _rows_of_step(self) -> list[int]:
+        """The numbers of the rows of the step that is running."""
+        epoch, position = divmod(self.state.global_step, self.steps.steps_per_epoch)
+        size = self.steps.micro_batch_size * self.steps.accumulation
+        return self._sampler.order(epoch)[position * size : (position + 1) * size]
 
     def _places(self, numbers: Sequence[int]) -> str:
         """`; its rows: file:line, …` of these training rows, or nothing where the rows do not say."""
@@ -297,7 +303,9 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))
         self.control.should_training_stop |= self.evaluations.standing.stopped
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, {**metrics, "answers": answers})
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.facts.display is not None:
+            self.facts.display.on_answers(self.state.global_step, answers)
         return metrics
 
     # -- order of rows, optimizer -----------------------------------------------------------------------------------

@@ -1,0 +1,225 @@
+"""What is seen of a training: a live line, `metrics.jsonl` with one line a step, `loss.png`, and trackers.
+
+The live display is drawn on stderr, and becomes one plain line now and then where stderr is no terminal.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+
+from lora_tune.errors import Problem, UsageError
+from lora_tune.terminal import messages, printable
+
+METRICS = "metrics.jsonl"
+PICTURE = "loss.png"
+_PLAIN_EVERY_S = 15.0  # seconds between lines where stderr is no terminal
+_WINDOW = 50  # steps over which speed is averaged
+_STEP_KEYS = ("grad_norm", "learning_rate", "tokens", "trained_tokens", "step_s", "gib")
+# recipe name -> packages of which one must be installed
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+}
+
+
+class TrainingDisplay(TrainerCallback):
+    """The live line and `metrics.jsonl` of one training in `folder`; `close` ends the live line after an error.
+
+    `style`: "auto" is live on a terminal and plain lines elsewhere, "none" shows nothing; the file is always written.
+    """
+
+    def __init__(self, folder: Path, *, style: Literal["auto", "none"] = "auto") -> None:
+        self.path = folder / METRICS
+        self.style = style
+        self._file: IO[str] | None = None
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
+        self._said = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the file, cut back to the step at which the training goes on, and start the live line."""
+        keep_metrics(self.path, up_to_step=state.global_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        console = messages()
+        if self.style == "auto" and console.is_terminal:
+            text = TextColumn("{task.description}", markup=False)
+            columns = (TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), text)
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self._bar.start()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write the numbers of a step, or of an evaluation, and show them."""
+        logs = logs or {}
+        if "loss" in logs:
+            self._write(step_row(logs, step=state.global_step, epoch=state.epoch))
+            self._recent.append((logs["tokens"], logs["step_s"]))
+            self._show(self._line(logs, left=state.max_steps - state.global_step), state=state)
+        elif any(name.startswith("eval_") for name in logs):
+            scores = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+            self._write({"step": state.global_step, "epoch": state.epoch, "eval": _finite(scores)})
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            self._say(f"step {state.global_step}: held out: {shown}")
+
+    def on_answers(self, step: int, answers: Sequence[tuple[str, str]]) -> None:
+        """Write and show sample answers of the model as it is at this step."""
+        if answers:
+            self._write({"step": step, "answers": [list(pair) for pair in answers]})
+        for prompt, answer in answers:
+            self._say(f"  {_short(prompt)} → {_short(answer)}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bring the file to the disk with the checkpoint."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the live line and the file."""
+        self.close()
+
+    def close(self) -> None:
+        """End the live line and close the file; may be called more than once."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def _line(self, logs: Mapping[str, Any], *, left: int) -> str:
+        seconds = sum(spent for _, spent in self._recent)
+        speed = sum(tokens for tokens, _ in self._recent) / max(seconds, 1e-9)
+        remaining = _duration(left * seconds / len(self._recent))
+        numbers = f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {speed:,.0f} tokens/s"
+        return f"{numbers}  {logs['gib']:.1f} GiB  {remaining} left"
+
+    def _show(self, line: str, *, state: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step, description=line)
+            return
+        now = time.monotonic()
+        if now - self._said >= _PLAIN_EVERY_S or state.global_step in (1, state.max_steps):
+            self._said = now
+            self._say(f"step {state.global_step}/{state.max_steps}  {line}")
+
+    def _say(self, line: str) -> None:
+        if self.style != "none":
+            (self._bar.console if self._bar is not None else messages()).print(printable(line))
+
+
+def step_row(logs: Mapping[str, Any], *, step: int, epoch: float) -> dict[str, Any]:
+    """The line of `metrics.jsonl` for a step. Both forms of the loss are exact; `loss_hex` is for the eye of a diff."""
+    numbers = _finite({name: logs[name] for name in _STEP_KEYS if name in logs})
+    return {"step": step, "epoch": epoch, "loss": logs["loss"], "loss_hex": float(logs["loss"]).hex(), **numbers}
+
+
+def keep_metrics(path: Path, *, up_to_step: int) -> None:
+    """Cut `metrics.jsonl` back to the lines of steps up to this one; a line cut short by a kill goes too."""
+    kept = [row for row in read_metrics(path) if row["step"] <= up_to_step]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    part.replace(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`, leaving out a last line that was cut short; none where the file is missing."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def draw_loss(metrics: Path, picture: Path) -> None:
+    """Draw the loss over the optimizer steps, and the held-out loss where there is one, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(metrics)
+    trained = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    scores = [(row["step"], row["eval"].get("loss")) for row in rows if "eval" in row]
+    held_out = [(step, loss) for step, loss in scores if isinstance(loss, float)]
+    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    steps, losses = [step for step, _ in trained], [loss for _, loss in trained]
+    axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="training, each step")
+    axes.plot(steps, list(_smoothed(losses)), color="tab:blue", linewidth=1.6, label="training, smoothed")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per trained token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, format="png")
+
+
+def tracker_callbacks(track: Sequence[str], *, folder: Path) -> list[TrainerCallback]:
+    """The callbacks of the trackers that the recipe names; TensorBoard writes below `folder/checkpoints`.
+
+    Raises:
+        UsageError: the package of a tracker is not installed; every missing one is named.
+    """
+    missing = [name for name in track if not any(importlib.util.find_spec(package) for package in TRACKERS[name])]
+    if missing:
+        raise UsageError(
+            [Problem(f"{name} is not installed", f"pip install {TRACKERS[name][0]}", key="track") for name in missing]
+        )
+    callbacks: list[TrainerCallback] = []
+    for name in track:
+        if name == "tensorboard":  # its file names hold the name of the host, so they stay out of what is shared
+            from torch.utils.tensorboard import SummaryWriter
+
+            callbacks.append(TensorBoardCallback(SummaryWriter(log_dir=str(folder / "checkpoints" / "tensorboard"))))
+        else:
+            callbacks.extend(kind() for kind in get_reporting_integration_callbacks([name]))
+    return callbacks
+
+
+def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity: a number that is not finite becomes its name."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+
+
+def _smoothed(values: Iterable[float]) -> Iterable[float]:
+    """Exponential mean over about 20 steps, without the pull of its start."""
+    mean = weight = 0.0
+    for value in values:
+        mean, weight = 0.95 * mean + 0.05 * value, 0.95 * weight + 0.05
+        yield mean / weight
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 100 else f"{flat[:99]}…"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -33,7 +33,7 @@ Exit codes: 0 ok, 1 a check was refused, 2 usage or recipe, 3 content of data, 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code. `arguments`: without the program's name; default: those of the process."""
+    """Runs one verb and returns the exit code; `arguments` without the program's name, by default the process's."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("--help", "-h", "help"):
         sys.stdout.write(HELP)

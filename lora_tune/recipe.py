@@ -18,7 +18,11 @@ SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
 
 
 def share_of(amount: int | str, total: int) -> int:
-    """How many of `total` things `amount` means: a number as it is, "2%" as that share of the total, rounded half up."""
+    """How many of `total` things `amount` means: a number as it is, "2%" as a share of the total, rounded half up.
+
+    Raises:
+        ValueError: neither a number nor a share.
+    """
     if isinstance(amount, int):
         return amount
     match = SHARE.fullmatch(amount)
@@ -111,7 +115,9 @@ _SHARE_SCHEMA = {"type": "string", "pattern": r"^\d+(\.\d+)? ?%$"}
 _LIST_SCHEMA = {"type": "array", "items": {"type": "string"}}
 _COUNT = {"type": "integer", "minimum": 1}
 Amount = Annotated[int | str, BeforeValidator(_amount), _schema({"type": "integer", "minimum": 0}, _SHARE_SCHEMA)]
-HoldOut = Annotated[int | str, BeforeValidator(_hold_out), _schema({"type": "integer", "minimum": 0}, {"type": "string"})]
+HoldOut = Annotated[
+    int | str, BeforeValidator(_hold_out), _schema({"type": "integer", "minimum": 0}, {"type": "string"})
+]
 AutoCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count), _schema({"const": "auto"}, _COUNT)]
 Checkpointing = Annotated[
     int | Literal["auto", "all", "none"],
@@ -243,7 +249,7 @@ class Train(Section):
     packing: bool = True
     """Put several rows into one sequence, isolated from each other."""
     gradient_checkpointing: Checkpointing = "auto"
-    """Recompute activations in the backward pass: all layers, none, or the first N; auto: all on a GPU, none on a CPU."""
+    """Recompute activations in the backward pass: all layers, none, or the first N; auto: all on a GPU, else none."""
     neftune_alpha: Positive | None = None
     """Noise on the embeddings (NEFTune; 5 in the paper)."""
     save_every: Count | None = None

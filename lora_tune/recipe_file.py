@@ -41,7 +41,7 @@ class RecipeFile:
     tree: Node = field(default_factory=lambda: Node({}, "", None, None), repr=False, compare=False)
 
     def locate(self, problem: Problem) -> Problem:
-        """The problem with file, line and column of its `key`: of the value, else of the section that it would stand in."""
+        """The problem with file, line and column of its `key`: of the value, else of the section it would stand in."""
         return _located(problem, self.tree, str(self.path))
 
 
@@ -88,7 +88,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise UsageError(Problem(f"cannot be read: {error.strerror}", "allow reading it", file=file)) from None
     if len(content) > MAX_BYTES:
-        raise RecipeError(Problem(f"is larger than {MAX_BYTES // 1024} kB", "is it a recipe? they have about 2 kB", file=file))
+        raise RecipeError(Problem(f"is larger than {MAX_BYTES // 1024} kB", "recipes have about 2 kB", file))
     content = content.removeprefix(codecs.BOM_UTF8)
     try:
         return content.decode("utf-8")
@@ -136,9 +136,9 @@ def _override_value(text: str, origin: str) -> tuple[Node, list[Problem]]:
 
 def _below(node: Node) -> Iterator[Node]:
     yield node
-    children = node.value.values() if isinstance(node.value, dict) else node.value if isinstance(node.value, list) else ()
-    for child in children:
-        yield from _below(child)
+    if isinstance(node.value, (dict, list)):
+        for child in node.value.values() if isinstance(node.value, dict) else node.value:
+            yield from _below(child)
 
 
 def _put(tree: Node, key: str, node: Node) -> Problem | None:
@@ -172,13 +172,7 @@ def _located(problem: Problem, tree: Node, file: str) -> Problem:
     """File, line and column of the value that `problem.key` names; of its section where the recipe does not set it."""
     if problem.file is not None or problem.key is None:
         return problem if problem.file is not None else replace(problem, file=file)
-    at, missing = tree, False
-    for part in problem.key.split("."):
-        child = at.child(part)
-        if child is None:
-            missing = True
-            break
-        at = child
+    at, missing = _deepest(tree, problem.key)
     if at is tree:
         return replace(problem, file=file)
     unknown_key = problem.reason.startswith("unknown key") or isinstance(at.value, (dict, list)) or missing
@@ -187,20 +181,29 @@ def _located(problem: Problem, tree: Node, file: str) -> Problem:
     return replace(problem, file=at.origin, line=line, column=column)
 
 
+def _deepest(tree: Node, key: str) -> tuple[Node, bool]:
+    """The node that a key leads to, and whether the way ended before it. A name with dots in it is one step as well."""
+    at, parts = tree, key.split(".")
+    for number, part in enumerate(parts):
+        if whole := at.child(".".join(parts[number:])):
+            return whole, False
+        child = at.child(part)
+        if child is None:
+            return at, True
+        at = child
+    return at, False
+
+
 def _damaged(problem: Problem, tree: Node) -> bool:
     """Whether the value was refused already while the text was read."""
-    at: Node | None = tree
-    for part in (problem.key or "").split("."):
-        at = at.child(part) if at is not None else None
-        if at is not None and at.broken:
-            return True
-    return False
+    parts = (problem.key or "").split(".")
+    return any(_deepest(tree, ".".join(parts[:end]))[0].broken for end in range(1, len(parts) + 1))
 
 
 def _in_order(problems: list[Problem], file: str) -> list[Problem]:
     """By place, those without a line after those with one, overrides last; each once."""
     unique = list(dict.fromkeys(problems))
-    return sorted(unique, key=lambda found: (found.file != file, found.line is None, found.line or 0, found.column or 0))
+    return sorted(unique, key=lambda one: (one.file != file, one.line is None, one.line or 0, one.column or 0))
 
 
 def recipe_as_yaml(recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""The paths that a recipe names: which are local, where they are, whether they are there, and whether the output can be written."""
+"""The paths that a recipe names: which are local and where they are; whether the output can be written."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _is_local(name: str, wanted: Wanted, start: Path) -> bool:
 
 
 def _missing(name: str, path: Path, *, wanted: Wanted, key: str) -> Problem | None:
-    """What is wrong with a local path: it is not there, or is a file where a folder is needed, or the other way round."""
+    """What is wrong with a local path: not there, or a file where a folder is needed, or the other way round."""
     if wanted == "data" and glob.has_magic(name):
         if glob.glob(str(path), recursive=True):
             return None

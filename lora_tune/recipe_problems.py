@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -33,16 +32,15 @@ _BOUNDS = {
     "less_than": ("lt", "must be below {}"),
     "less_than_equal": ("le", "must be at most {}"),
 }
-_WHY = {
-    ("train.learning_rate", 0): "with 0 nothing would be learned",
-    ("train.epochs", 0): "with 0 nothing would be trained",
-    ("train.max_length", 0): "in fewer than 2 tokens nothing would be predicted",
-    ("train.max_length", 1): "in fewer than 2 tokens nothing would be predicted",
+_WHY = {  # a bound and its reason
+    "train.learning_rate": "with 0 nothing would be learned; the default is 2e-4",
+    "train.epochs": "with 0 nothing would be trained; the default is 1",
+    "train.max_length": "in fewer than 2 tokens nothing would be predicted; the default is 2048",
 }
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: `text '16'`, `2.7`, `true`, `null`, `a list`, `a mapping`; cut at 60 characters."""
+    """A value as a message shows it: `text '16'`, `2.7`, `true`, `null`, `a list`, `a mapping`; 60 characters of it."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -75,7 +73,9 @@ def _problems(details: ErrorDetails) -> Iterator[Problem]:
         yield Problem("is missing", _missing_fix(key), key=key)
         return
     reason, fix = _wrong_value(kind, value, context, key)
-    yield Problem(f"{reason}, got {shown(value)}", fix or _WHY.get((key, value)) or _default_fix(key), key=key)
+    if not fix and kind in _BOUNDS:
+        fix = _WHY.get(key, "")
+    yield Problem(f"{reason}, got {shown(value)}", fix or _default_fix(key), key=key)
 
 
 def _wrong_value(kind: str, value: Any, context: Mapping[str, Any], key: str) -> tuple[str, str]:
@@ -84,8 +84,8 @@ def _wrong_value(kind: str, value: Any, context: Mapping[str, Any], key: str) ->
         return _wrong_choice(value, str(context["expected"]), key)
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        not_a_number = isinstance(value, float) and math.isnan(value)
-        return ("must be finite" if not_a_number else words.format(f"{context[name]:g}" if context[name] < 1e6 else context[name])), ""
+        bound = context[name]
+        return words.format(int(bound) if bound == int(bound) else bound), ""
     if kind == "expected":
         return str(context["expected"]), context["fix"] or _quotes_fix(value)
     reason = _TYPES.get(kind)

@@ -61,7 +61,8 @@ def schema() -> None:
 def schema_text() -> str:
     """The JSON Schema of a recipe as it is committed in recipes/recipe.schema.json."""
     schema: dict[str, Any] = Recipe.model_json_schema()
-    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2, ensure_ascii=False) + "\n"
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -87,12 +87,13 @@ def number_text(value: object) -> str:
 
 def print_json(facts: Mapping[str, Any], problems: Sequence[Problem] = ()) -> None:
     """The one object that `--json` prints: the facts and `problems`."""
-    sys.stdout.write(json.dumps({**facts, "problems": [problem.as_json() for problem in problems]}, allow_nan=False) + "\n")
+    answer = {**facts, "problems": [problem.as_json() for problem in problems]}
+    sys.stdout.write(json.dumps(answer, allow_nan=False) + "\n")
 
 
 @contextmanager
 def activity(doing: str) -> Iterator[None]:
-    """Names what is being done (`loading the base`), on stderr where that is a terminal, and in the report of a fault."""
+    """Names what is being done (`loading the base`): on stderr if that is a terminal, and in the report of a fault."""
     _activity.append(doing)
     console = messages()
     if console.is_terminal:
@@ -153,11 +154,13 @@ def _as_error(error: Exception, name: str) -> LoraTuneError:
     if isinstance(error, typer.Abort):
         return UsageError("stopped at a question", f"see {name} --help")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ResourceError(f"the disk is full, while {_doing(name)}", "make room; --resume goes on from the newest checkpoint")
+        fix = "make room; --resume goes on from the newest checkpoint"
+        return ResourceError(f"the disk is full, while {_doing(name)}", fix)
     if isinstance(error, PermissionError) and error.filename is not None:
-        return UsageError(f"{error.filename}: permission denied, while {_doing(name)}", "allow it, or name another path")
+        return UsageError(f"{error.filename}: permission denied, while {_doing(name)}", "allow it, or name another")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own, without torch
-        return ResourceError(f"the memory is full, while {_doing(name)}", "lower train.micro_batch_size or train.max_length")
+        fix = "lower train.micro_batch_size or train.max_length"
+        return ResourceError(f"the memory is full, while {_doing(name)}", fix)
     return _fault(error, name)
 
 

@@ -1,7 +1,8 @@
 """YAML 1.2 text as a tree that knows where everything stands, and that cannot be made to expand or to run anything.
 
 ruamel.yaml only splits the text into events. Anchors, aliases and tags are refused there, before anything is built, so
-an alias bomb costs nothing; scalars are read by the core schema of YAML 1.2 (section 10.3.2): `2e-4` is a number, `yes` is text.
+an alias bomb costs nothing; scalars are read by the core schema of YAML 1.2 (section 10.3.2): `2e-4` is a number,
+`yes` is text.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import (
     AliasEvent,
+    CollectionStartEvent,
     DocumentStartEvent,
     Event,
-    MappingEndEvent,
     MappingStartEvent,
+    NodeEvent,
     ScalarEvent,
-    SequenceEndEvent,
     SequenceStartEvent,
 )
 
 from lora_tune.errors import Problem, RecipeError
 
 MAX_DEPTH = 12  # a recipe needs 4
-MAX_EVENTS = 10_000  # a long recipe needs 300; keeps the judgement below a second
+MAX_EVENTS = 5_000  # a long recipe needs 300; keeps the judgement below a second
 _NULL = re.compile(r"null|Null|NULL|~|")
 _BOOL = re.compile(r"(true|True|TRUE)|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]{1,400}|0o[0-7]{1,400}|0x[0-9a-fA-F]{1,400}")
@@ -39,7 +40,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 @dataclass(slots=True)
 class Node:
-    """A value and its place: `value` is a scalar, a list of nodes or a dictionary of nodes. Lines and columns count from 1.
+    """A value and its place: a scalar, a list of nodes or a dictionary of nodes. Lines and columns count from 1.
 
     `origin` is the file, or the override, that it came from. `broken`: it was refused already, so that what
     follows from the damage needs no report.
@@ -64,9 +65,11 @@ class Node:
     def child(self, part: str) -> Node | None:
         """The node below this one by key, or by number in a list."""
         if isinstance(self.value, dict):
-            return self.value.get(part)
+            found: Node | None = self.value.get(part)
+            return found
         if isinstance(self.value, list) and part.isdecimal() and int(part) < len(self.value):
-            return self.value[int(part)]
+            entry: Node = self.value[int(part)]
+            return entry
         return None
 
 
@@ -91,7 +94,7 @@ def parse(text: str, *, origin: str) -> tuple[Node | None, list[Problem]]:
     """The tree of one YAML document (None where there is none), and what was refused in it.
 
     Raises:
-        RecipeError: the text is not YAML, is nested too deeply or has too many values; what was refused before is named too.
+        RecipeError: not YAML, nested too deeply or too many values; what was refused before that is named too.
     """
     builder = _Builder(origin)
     try:
@@ -133,11 +136,11 @@ class _Builder:
             documents += isinstance(event, DocumentStartEvent)
             if documents > 1:
                 raise self._stop(event, "a second document begins", "a recipe is one document: remove the line ---")
-            if isinstance(event, (ScalarEvent, AliasEvent, MappingStartEvent, SequenceStartEvent)):
+            if isinstance(event, NodeEvent):
                 root = self._node(event, events, path=())
         return root
 
-    def _node(self, event: Event, events: Iterator[Event], *, path: tuple[str, ...]) -> Node:
+    def _node(self, event: NodeEvent, events: Iterator[Event], *, path: tuple[str, ...]) -> Node:
         self._events += 1
         if self._events > MAX_EVENTS:
             raise self._stop(event, f"more than {MAX_EVENTS} values", "a recipe has about a hundred")
@@ -161,7 +164,7 @@ class _Builder:
     def _sequence(self, events: Iterator[Event], path: tuple[str, ...]) -> list[Node]:
         items: list[Node] = []
         for event in events:
-            if isinstance(event, SequenceEndEvent):
+            if not isinstance(event, NodeEvent):
                 break
             items.append(self._node(event, events, path=(*path, str(len(items)))))
         return items
@@ -169,13 +172,17 @@ class _Builder:
     def _mapping(self, events: Iterator[Event], path: tuple[str, ...]) -> dict[str, Node]:
         found: dict[str, Node] = {}
         for event in events:
-            if isinstance(event, MappingEndEvent):
+            if not isinstance(event, NodeEvent):
                 break
             if not isinstance(event, ScalarEvent):
-                raise self._stop(event, "a key must be text", "write `key: value`; quote a value that begins with { or [")
+                fix = "write `key: value`; quote a value that begins with { or ["
+                raise self._stop(event, "a key must be text", fix)
             key = event.value
             self._refused(event, (*path, key))
-            node = self._node(next(events), events, path=(*path, key))
+            value = next(events)
+            if not isinstance(value, NodeEvent):
+                break
+            node = self._node(value, events, path=(*path, key))
             node.key_line, node.key_column = event.start_mark.line + 1, event.start_mark.column + 1
             if key in found:
                 first = found[key].key_line
@@ -184,15 +191,17 @@ class _Builder:
                 found[key] = node
         return found
 
-    def _refused(self, event: Event, path: tuple[str, ...]) -> bool:
+    def _refused(self, event: NodeEvent, path: tuple[str, ...]) -> bool:
+        """Whether the event is an alias, or has an anchor or a tag; says so."""
         if isinstance(event, AliasEvent):
-            self._refuse(event, path, f"aliases are not allowed, got *{event.anchor}", "write the value out, or quote text that begins with *")
+            reason, fix = f"aliases are not allowed, got *{event.anchor}", "write the value out; quote text with a *"
         elif event.anchor is not None:
-            self._refuse(event, path, f"anchors are not allowed, got &{event.anchor}", "remove it, or quote text that begins with &")
-        elif event.tag is not None:
-            self._refuse(event, path, f"tags are not allowed, got {event.tag}", "remove it; a recipe holds plain values and never runs code")
+            reason, fix = f"anchors are not allowed, got &{event.anchor}", "remove it; quote text with a &"
+        elif isinstance(event, (ScalarEvent, CollectionStartEvent)) and event.tag is not None:
+            reason, fix = f"tags are not allowed, got {event.tag}", "remove it: a recipe holds plain values"
         else:
             return False
+        self._refuse(event, path, reason, fix)
         return True
 
     def _refuse(self, event: Event, path: tuple[str, ...], reason: str, fix: str) -> None:
@@ -208,31 +217,33 @@ class _Builder:
 
 
 def _syntax_problem(error: MarkedYAMLError, text: str, builder: _Builder) -> Problem:
-    """The parser's complaint in plain words, at the place where the mistake was made rather than where it was noticed."""
-    mark = error.problem_mark or error.context_mark
-    complaint, context = str(error.problem or "cannot be read"), str(error.context or "")
-    reason, fix = f"is not YAML: {complaint}", "check the indentation, colons and brackets around here"
-    line_text = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
-    if "quoted scalar" in context and "end of stream" in complaint and error.context_mark:
-        mark, reason, fix = error.context_mark, "the quote opened here is never closed", "close it on the same line"
-    elif builder.quoted and mark and builder.quoted.end_mark.line == mark.line:
-        mark = builder.quoted.start_mark
-        reason = f"the quote opened here runs on to line {builder.quoted.end_mark.line + 1}"
+    """The parser's complaint in plain words, where the mistake was made rather than where it was noticed."""
+    lines = text.splitlines()
+    noticed = error.problem_mark or error.context_mark
+    began = error.context_mark or noticed
+    if noticed is None or began is None:
+        return Problem(f"is not YAML: {error.problem}", "correct it", builder.origin)
+    complaint, context = str(error.problem), str(error.context)
+    here = lines[noticed.line] if noticed.line < len(lines) else ""
+    quoted = builder.quoted
+    if "quoted scalar" in context and "end of stream" in complaint:
+        mark, reason, fix = began, "the quote opened here is never closed", "close it on the same line"
+    elif quoted and quoted.end_mark.line == noticed.line:
+        mark, reason = quoted.start_mark, f"the quote opened here runs on to line {noticed.line + 1}"
         fix = "close it on the same line"
-    elif "'\\t'" in complaint or line_text[: mark.column if mark else 0].strip(" ") == "\t":
-        reason, fix = "tab used as indentation", "indent with spaces"
-    elif "flow" in context and error.context_mark and error.context_mark.line != (mark.line if mark else -1):
+    elif here[: noticed.column + 1].lstrip(" ").startswith("\t"):
+        mark, reason, fix = noticed, "tab used as indentation", "indent with spaces"
+    elif "flow" in context and (began.line != noticed.line or "stream end" in complaint):
         bracket = "[" if "sequence" in context else "{"
-        mark, reason, fix = error.context_mark, f"the bracket {bracket} opened here is never closed", "close it"
+        mark, reason, fix = began, f"the bracket {bracket} is never closed", "close it"
     elif "mapping values are not allowed" in complaint:
-        reason, fix = "a key where none can stand", "give every key its own line, with the indentation of its section"
+        mark, reason = noticed, "a key where none can stand"
+        fix = "give every key its own line and the indentation of its section"
     elif "could not find expected ':'" in complaint:
-        mark, reason = error.context_mark or mark, f"expected `key: value`, got {line_text.strip()[:60]!r}"
+        mark, reason = began, f"expected `key: value`, got {lines[began.line].strip()[:60]!r}"
         fix = "write a colon and a space behind the key"
-        if mark:
-            reason = f"expected `key: value`, got {text.splitlines()[mark.line].strip()[:60]!r}"
-    elif "cannot start any token" in complaint and mark and mark.column < len(line_text):
-        reason, fix = f"a value cannot begin with {line_text[mark.column]}", "put it in quotes"
-    if mark is None:
-        return Problem(reason, fix, builder.origin)
+    elif "cannot start any token" in complaint:
+        mark, reason, fix = noticed, f"a value cannot begin with {here[noticed.column]}", "put it in quotes"
+    else:
+        mark, reason, fix = noticed, f"is not YAML: {complaint}", "check indentation, colons and brackets around here"
     return Problem(reason, fix, builder.origin, mark.line + 1, mark.column + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,13 @@ os.environ.update(
 for name in ("HF_TOKEN", "LORA_TUNE_DEBUG", "FORCE_COLOR", "CLICOLOR_FORCE"):
     os.environ.pop(name, None)
 
-import tiny  # noqa: E402  (it may import nothing before the environment is set)
+import tiny  # noqa: E402  (after the environment is set)
+
+from lora_tune.errors import LoraTuneError, Problem  # noqa: E402
+from lora_tune.recipe_file import RecipeFile, read_recipe  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = str(ROOT)  # processes that tests start run this checkout
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +49,31 @@ def corpus() -> Path:
     if os.environ.get("LORA_TUNE_CORPUS_REQUIRED") == "1":
         pytest.fail(f"LORA_TUNE_CORPUS must name the corpus folder, got {named!r}")
     pytest.skip("LORA_TUNE_CORPUS does not name the corpus folder")
+
+
+@pytest.fixture
+def recipe_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., RecipeFile]:
+    """Reads a text as the recipe `recipe.yaml` in the working folder, with overrides."""
+    monkeypatch.chdir(tmp_path)
+
+    def read(text: str | bytes, *overrides: str) -> RecipeFile:
+        Path("recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_recipe(Path("recipe.yaml"), overrides=overrides)
+
+    return read
+
+
+@pytest.fixture
+def problems_in(recipe_from: Callable[..., RecipeFile]) -> Callable[..., tuple[Problem, ...]]:
+    """The problems of a recipe's text that must be refused with exit code 2."""
+
+    def of(text: str | bytes, *overrides: str) -> tuple[Problem, ...]:
+        with pytest.raises(LoraTuneError) as caught:
+            recipe_from(text, *overrides)
+        assert caught.value.exit_code == 2
+        return caught.value.problems
+
+    return of
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

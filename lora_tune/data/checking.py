@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -136,7 +137,7 @@ class _CheckingPass:
     ) -> tuple[list[tuple[str, Record]], Detected | None]:
         """The records looked at (to be read again), and the format; None where no row is readable or nothing fits."""
         looked_at: list[tuple[str, Record]] = []
-        rows = []
+        rows: list[dict[str, Any]] = []
         while len(rows) < LOOKED_AT and len(looked_at) < 50 * LOOKED_AT:
             found = next(records, None)
             if found is None:
@@ -170,9 +171,8 @@ class _CheckingPass:
         conversation = FORMATS[detected.format](record.row, detected.fields)
         self.has_tools = self.has_tools or bool(conversation.tools)
         account = self.ledger.sources[number]
-        place = place_of(file, record.line)
         for note in order_notes(conversation.messages):
-            account.note(note, place)
+            account.note(note, place_of(file, record.line))
         account.kept += 1
         self.store.append(conversation, source=number, file=file, line=record.line)
         if hasher is not None:

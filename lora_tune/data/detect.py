@@ -1,4 +1,4 @@
-"""`format: auto`: the format of a source from its first rows, and why; a row that fits nothing gets the nearest name."""
+"""`format: auto`: the format of a source from its first rows, and why."""
 
 from __future__ import annotations
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 
-from lora_tune.data.chat_template import NOTES
+from lora_tune.data.chat_template import NOTES, TokenRow
 from lora_tune.data.ledger import (
     CONTROL_TOKENS,
     LOST_END,
@@ -54,6 +55,44 @@ class Pieces:
         return ids[:end], mask[:end]
 
 
+class Documents(Sequence[TokenRow]):
+    """Pieces as token rows with their places; each is read from disk when it is asked for."""
+
+    def __init__(self, pieces: Pieces, rows: TokenFile, conversations: StoredConversations) -> None:
+        self.pieces, self._rows, self._conversations = pieces, rows, conversations
+        self._sources = conversations.sources
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, (N,) int64."""
+        return self.pieces.end - self.pieces.start
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenRow: ...
+    @overload
+    def __getitem__(self, index: slice) -> Documents: ...
+    def __getitem__(self, index: int | slice) -> TokenRow | Documents:
+        if isinstance(index, slice):
+            return Documents(self.pieces.take(np.arange(len(self))[index]), self._rows, self._conversations)
+        row = int(self.pieces.row[index])
+        ids, mask = self.pieces.tokens(self._rows, index)
+        number = int(self._rows.conversation[row])
+        file, line = self._conversations.place(number)
+        notes = frozenset(name for bit, name in enumerate(NOTES) if self._rows.notes[row] >> bit & 1)
+        return TokenRow(ids, mask.astype(bool), int(self._sources[number]), file, line, notes)
+
+    def of_row(self, number: int) -> Documents:
+        """The documents of the `number`-th row of the data that has any (from 1). Raises: IndexError."""
+        rows = np.unique(self._rows.conversation[self.pieces.row])
+        if not 1 <= number <= len(rows):
+            raise IndexError(len(rows))
+        mine = np.flatnonzero(self._rows.conversation[self.pieces.row] == rows[number - 1])
+        return Documents(self.pieces.take(mine), self._rows, self._conversations)
+
+
 class Fitting:
     """Fits the token rows of some conversations, and keeps the account of them in the ledger's training side."""
 
@@ -83,10 +122,10 @@ class Fitting:
                 self._truncate(row, account)
         whole = np.flatnonzero(fits)
         cut = np.array(self._found, dtype=np.int64).reshape(-1, 3)
-        row = np.concatenate([whole, cut[:, 0]])
+        number = np.concatenate([whole, cut[:, 0]])
         start = np.concatenate([np.zeros(len(whole), np.int64), cut[:, 1]])
         end = np.concatenate([rows.length[whole], cut[:, 2]])
-        found = Pieces(row, start, end).take(np.lexsort((start, row)))
+        found = Pieces(number, start, end).take(np.lexsort((start, number)))
         self._account_conversations(found)
         return found
 

@@ -1,6 +1,6 @@
 """Data formats: from one row of a file to a conversation.
 
-    alpaca             instruction, input (may be empty), output; system and history ([[user, assistant], …]) if present.
+    alpaca             instruction, input (may be empty), output; system, history ([[user, assistant], …]).
                        The user's turn is the instruction, an empty line and the input.
     messages           messages: [{role, content, …}], tools; OpenAI's fine-tuning format
     sharegpt           conversations: [{from, value}], system, tools

@@ -223,14 +223,17 @@ class Ledger:
         dropped = _sum(count for source in self.sources for count in source.dropped.values())
         lost, ends = self._lost_tokens(), self.noted(LOST_END)
         longest = max((source.longest for source in self.sources), default=0)
-        longer = f"raise train.max_length (the longest row has {longest:,} tokens), set train.too_long: split, or raise the limit"
+        longer = (
+            f"raise train.max_length (the longest row has {longest:,} tokens) or the limit, or split: train.too_long"
+        )
         if _exceeds(limits.dropped_rows, dropped.rows, self.total("read")):
             causes = ", ".join(f"{cause} in {count.rows}" for cause, count in self._causes().items())
             what = f"{causes} of {self.total('read'):,} rows"
             fix = longer if {NO_LABEL, TOO_LONG} & set(self._causes()) else "repair the rows or raise the limit"
             problems.append(_limit("dropped_rows", limits.dropped_rows, what, dropped, fix))
         if _exceeds(limits.lost_tokens, lost.rows, self.total("tokens_read")):
-            what = f"{lost.rows:,} of {self.total('tokens_read'):,} tokens are cut off in {self.noted(TRUNCATED).rows:,} rows"
+            cut = self.noted(TRUNCATED).rows
+            what = f"{lost.rows:,} of {self.total('tokens_read'):,} tokens are cut off in {cut:,} rows"
             problems.append(_limit("lost_tokens", limits.lost_tokens, what, lost, longer))
         if _exceeds(limits.lost_end_tokens, ends.rows, self.total("kept")):
             what = f"the end token is lost in {ends.rows:,} of {self.total('kept'):,} rows"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from lora_tune.data.conversation import ROLES, Message, Role
@@ -104,7 +105,9 @@ def _weight(turn: Mapping[str, Any], where: str) -> int:
 
 def _joined(parts: list[Any], where: str) -> tuple[str, str | None, tuple[dict[str, Any], ...]]:
     """Text, reasoning and tool calls of a list of typed parts (text under `text` or `value`). Raises: BadRow."""
-    text, reasoning, calls = [], [], []
+    text: list[str] = []
+    reasoning: list[str] = []
+    calls: list[dict[str, Any]] = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else None
         value = part.get("text", part.get("value")) if isinstance(part, dict) else part
@@ -157,7 +160,7 @@ def tool_calls(given: Any, where: str) -> tuple[dict[str, Any], ...]:
 
 
 def tools(given: Any) -> tuple[dict[str, Any], ...]:
-    """The tools of a row in OpenAI's form, from a list (bare functions are wrapped) or its JSON text. Raises: BadRow."""
+    """A row's tools in OpenAI's form, from a list (bare functions are wrapped) or its JSON text. Raises: BadRow."""
     if given is None or given == "":
         return ()
     given = _unpacked(given, "tools")
@@ -205,7 +208,7 @@ def sharegpt_message(turn: Any, number: int) -> Message:
 
 
 def check_turns(turns: Sequence[Message]) -> None:
-    """Refuse what cannot teach anything: no assistant turn, none that counts, an empty or blank answer. Raises: BadRow."""
+    """Refuse what teaches nothing: no assistant turn, none that counts, an empty or blank answer. Raises: BadRow."""
     answers = [turn for turn in turns if turn.role == "assistant"]
     if not answers:
         raise BadRow("no answer", "nothing to train on: no assistant turn", fix="add the answer or drop the row")
@@ -218,13 +221,13 @@ def check_turns(turns: Sequence[Message]) -> None:
 
 
 def order_notes(turns: Sequence[Message]) -> tuple[str, ...]:
-    """What is odd in the order of the turns, in words; nothing where user and assistant alternate and the last answers."""
+    """What is odd in the order of the turns, in words; nothing where user and assistant take turns to the end."""
     notes = []
     roles = [turn.role for turn in turns]
     talk = [role for role in roles if role != "system"]
     if talk and talk[0] == "assistant":
         notes.append("starts with the assistant")
-    for first, second in zip(roles, roles[1:], strict=False):
+    for first, second in pairwise(roles):
         if second == "system":
             notes.append("system turn in the middle")
         elif first == second and first in ("user", "assistant"):

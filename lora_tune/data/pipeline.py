@@ -20,16 +20,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from lora_tune.data.chat_template import NOTES, ChatTemplate, LossOn, TokenRow
+from lora_tune.data.chat_template import ChatTemplate, TokenRow
 from lora_tune.data.checking import Conversations, read_conversations
 from lora_tune.data.conversation import Conversation
-from lora_tune.data.fit import Fitting, Pieces
+from lora_tune.data.fit import Documents, Fitting, Pieces
 from lora_tune.data.ledger import Ledger, Packing
 from lora_tune.data.packing import pack
 from lora_tune.data.sources import SourceIdentity, as_dataset
 from lora_tune.data.split import epoch_copies
 from lora_tune.data.store import StoredConversations
-from lora_tune.data.token_file import TokenFile, cache_folder, token_file
+from lora_tune.data.token_file import TokenFile, cache_folder, encoder_fingerprint, token_file
+from lora_tune.data.turn_drafts import LossOn
 from lora_tune.errors import DataError, Problem
 from lora_tune.recipe import DataSource, Limits, Train
 
@@ -53,11 +54,13 @@ _SCHEMA = pa.schema(
 class Prepared:
     """What is trained and what is held out.
 
-    `train`: one packed sequence a row, with `input_ids` and `labels` (-100: not trained), `seq_lengths` of its documents
-    and `rows`, [source, line] of each. `held_out_rows` are the token rows of `held_out`, of at most max_length tokens.
+    `train`: a packed sequence a row, with `input_ids`, `labels` (-100: not trained), `seq_lengths` of its documents and
+    `rows`, [source, line] of each. `held_out_rows` are the token rows of `held_out`, of at most max_length tokens.
+    `documents` are the token rows that were packed, in the order of the data and once each, whatever their weight.
     """
 
     train: Dataset
+    documents: Documents
     held_out: tuple[Conversation, ...]
     held_out_rows: tuple[TokenRow, ...]
     ledger: Ledger
@@ -73,8 +76,9 @@ def encode(
         DataError: rows that the template refuses (unless `on_bad_row: drop`), or a limit of the ledger is exceeded.
     """
     ledger = conversations.ledger
-    rows = token_file(conversations.train, chat, loss_on=loss_on)
-    held_out_tokens = token_file(conversations.held_out, chat, loss_on=loss_on)
+    fingerprint = encoder_fingerprint(chat)
+    rows = token_file(conversations.train, chat, loss_on=loss_on, fingerprint=fingerprint)
+    held_out_tokens = token_file(conversations.held_out, chat, loss_on=loss_on, fingerprint=fingerprint)
     _refuse(
         conversations.train, rows, conversations.data, held_out=conversations.held_out, held_out_rows=held_out_tokens
     )
@@ -89,7 +93,8 @@ def encode(
     tokens = int((epoch.end - epoch.start).sum())
     ledger.packing = Packing(len(sequences), len(epoch), tokens, train.max_length)
     dataset = _written(sequences, epoch, rows, conversations.train)
-    return Prepared(dataset, held_out, held_out_rows, ledger, conversations.identities)
+    documents = Documents(pieces, rows, conversations.train)
+    return Prepared(dataset, documents, held_out, held_out_rows, ledger, conversations.identities)
 
 
 def _refuse(
@@ -100,7 +105,7 @@ def _refuse(
     held_out: StoredConversations,
     held_out_rows: TokenFile,
 ) -> None:
-    """Raises: DataError naming every row that the chat template refuses, but those of sources with `on_bad_row: drop`."""
+    """Raises: DataError naming each row that the chat template refuses, where `on_bad_row` is not drop."""
     problems = []
     for conversations, tokens in ((train, rows), (held_out, held_out_rows)):
         for number, reason in tokens.errors.items():
@@ -142,16 +147,8 @@ def _held_out(
         account.held_out -= counted.dropped_rows
         for cause, count in counted.dropped.items():
             account.drop(f"{cause} (held out)", count.first, count.rows)
-    found = []
-    for index in range(len(pieces)):
-        row = int(pieces.row[index])
-        ids, mask = pieces.tokens(rows, index)
-        number = int(rows.conversation[row])
-        file, line = conversations.place(number)
-        notes = frozenset(name for bit, name in enumerate(NOTES) if rows.notes[row] >> bit & 1)
-        found.append(TokenRow(ids, mask.astype(bool), int(conversations.sources[number]), file, line, notes))
     kept = np.unique(rows.conversation[pieces.row]) if len(pieces) else ()
-    return tuple(conversations[int(number)] for number in kept), tuple(found)
+    return tuple(conversations[int(number)] for number in kept), tuple(Documents(pieces, rows, conversations))
 
 
 def _written(

@@ -6,8 +6,8 @@
     Parquet    rows                                      number of the row
     text       one document a file                       line where the piece starts
 
-Each reader is a generator over `Record` and holds one row (Parquet: one batch; JSON: a few MiB) at a time. Damage that
-concerns one row is reported with that row and reading goes on; after damage to the rest of the file (`WHOLE_FILE`) it ends.
+Each reader is a generator over `Record` and holds one row (Parquet: one batch; JSON: a few MiB) at a time. After
+damage to one row reading goes on with the next; after damage to the rest of the file (`WHOLE_FILE`) it ends.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _REFUSED_STARTS = {
 def read_file(path: Path, *, numbered_columns: int = 0) -> Iterator[Record]:
     """The records of one file; what it is, its first bytes say, then its name (Parquet and gzip: the bytes alone).
 
-    `numbered_columns`: 0, or how many columns a CSV or TSV file without a header has at least (they are named "1", "2" …).
+    `numbered_columns`: 0, or how many columns a CSV or TSV file without a header has at least; "1", "2" …
     """
     with open(path, "rb") as raw:
         start = raw.read(8)
@@ -252,7 +252,7 @@ def _element(buffer: _Buffer, parser: RowParser) -> Record:
     try:
         value, end = parser.parse_at(buffer.text, start)
     except JSONDecodeError as error:
-        if not buffer.ended and error.pos - start > MAX_ROW_BYTES - 64 or ("string" in error.msg and not buffer.ended):
+        if not buffer.ended and (error.pos - start > MAX_ROW_BYTES - 64 or "string" in error.msg):
             raise _Located(line, _too_big(len(buffer.text) - start)) from None
         at = line + error.doc.count("\n", start, error.pos)
         column = error.pos - error.doc.rfind("\n", 0, error.pos)

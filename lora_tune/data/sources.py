@@ -30,7 +30,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class SourceIdentity:
-    """What data it was: the file's, folder's or hub data set's name (no path), the format read, and the content's hash."""
+    """What data it was: name of the file, folder or hub data set (no path), format, and hash of the content."""
 
     name: str
     format: str
@@ -87,7 +87,7 @@ def open_source(data: DataSource, *, key: str = "") -> Source:
     """The source that `data` names; `key` is where it stands in the recipe ("data.0.source").
 
     Raises:
-        UsageError: no such file or data set, an empty folder, hub keys beside a local file, a gated or private data set.
+        UsageError: no such file or data set, an empty folder, no access.
     """
     path = Path(data.source).expanduser()
     if path.is_dir():
@@ -96,14 +96,14 @@ def open_source(data: DataSource, *, key: str = "") -> Source:
             raise _usage(
                 f"no data file in the folder `{shown_path(path)}`", f"data files end in {', '.join(SUFFIXES)}", key
             )
-        return _local(path.name, found, data, key)
+        return Source(path.name, files=found)
     if path.exists():
-        return _local(path.name, (path,), data, key)
+        return Source(path.name, files=(path,))
     if glob.has_magic(data.source):
         found = tuple(sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()))
         if not found:
             raise _usage(f"no file matches `{data.source}`", "check the path", key)
-        return _local(path.name, found, data, key)
+        return Source(path.name, files=found)
     if _looks_local(data.source):
         near = get_close_matches(path.name, os.listdir(path.parent), n=1) if path.parent.is_dir() else []
         hint = f"did you mean `{near[0]}`?" if near else "check the path"
@@ -119,14 +119,6 @@ def _looks_local(source: str) -> bool:
 def _is_data(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return not hidden and path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
-
-
-def _local(name: str, files: tuple[Path, ...], data: DataSource, key: str) -> Source:
-    for field, given in (("config", data.config), ("revision", data.revision)):
-        if given is not None:
-            where = key.removesuffix("source") + field
-            raise _usage(f"`{field}` belongs to a data set on the hub, but the source is local", "remove it", where)
-    return Source(name=name, files=files)
 
 
 def _usage(reason: str, fix: str, key: str) -> UsageError:

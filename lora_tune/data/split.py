@@ -1,7 +1,7 @@
 """Which rows are trained and which are held out: by content, so that the order of the rows changes nothing.
 
-A row's rank is a hash of the seed and its content. `max_rows` takes the lowest ranks, `hold_out` the lowest of those. All
-copies of one content have one rank and fall on the same side.
+A row's rank is a hash of the seed and its content. `max_rows` takes the lowest ranks, `hold_out` the lowest
+of those. All copies of one content have one rank and fall on the same side.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def contradictions(store: ConversationStore, rows: np.ndarray) -> np.ndarray:
 
 
 def epoch_copies(sources: np.ndarray, weights: Sequence[float], *, seed: int) -> np.ndarray:
-    """How often each row (N,) stands in one epoch: `weight` times on average, exactly rows x weight (rounded) per source."""
+    """How often each row (N,) stands in one epoch: `weight` times on average, rows x weight (rounded) per source."""
     copies = np.zeros(len(sources), dtype=np.int64)
     for source, weight in enumerate(weights):
         rows = np.flatnonzero(sources == source)

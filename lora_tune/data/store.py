@@ -18,6 +18,7 @@ import numpy as np
 from lora_tune.data.conversation import Conversation, Message
 
 _IN_MEMORY_BYTES = 64 << 20
+_ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _DEFAULTS = ((), 1, None, None, None)  # of the fields of Message after role and content
 
 
@@ -38,14 +39,14 @@ def _unpacked(packed: list) -> Message:
 def content_of(conversation: Conversation) -> bytes:
     """The content of a conversation (turns, tools, text; not its place) as compact JSON: equal content, equal bytes."""
     content = [[_packed(message) for message in conversation.messages], conversation.tools, conversation.text]
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODE(content).encode()
 
 
 def _prompt_of(conversation: Conversation, content: bytes) -> bytes:
     """All but the last turn; the whole content where there is no prompt, so that such rows never share one."""
     if len(conversation.messages) < 2:
         return content
-    return json.dumps([_packed(message) for message in conversation.messages[:-1]], ensure_ascii=False).encode()
+    return _ENCODE([_packed(message) for message in conversation.messages[:-1]]).encode()
 
 
 class ConversationStore:

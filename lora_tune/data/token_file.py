@@ -26,8 +26,9 @@ import platformdirs
 import pyarrow as pa
 from filelock import FileLock
 
-from lora_tune.data.chat_template import NOTES, ChatTemplate, LossOn, TokenRow
+from lora_tune.data.chat_template import NOTES, ChatTemplate, TokenRow
 from lora_tune.data.store import StoredConversations
+from lora_tune.data.turn_drafts import LossOn
 
 _CHUNK = 1024  # conversations encoded at a time
 _KEPT_BYTES = 8 << 30  # of the cache; the entries unused for longest go first
@@ -78,11 +79,16 @@ def cache_folder() -> Path:
     return folder
 
 
-def token_file(conversations: StoredConversations, chat: ChatTemplate, *, loss_on: LossOn) -> TokenFile:
-    """The token rows of all conversations in order: from the cache where they are whole, else encoded now."""
+def token_file(
+    conversations: StoredConversations, chat: ChatTemplate, *, loss_on: LossOn, fingerprint: str
+) -> TokenFile:
+    """The token rows of all conversations in order: from the cache where they are whole, else encoded now.
+
+    `fingerprint` is the `encoder_fingerprint` of `chat`.
+    """
     folder = cache_folder() / "tokens"
     folder.mkdir(exist_ok=True)
-    path = folder / f"{_key(conversations, chat, loss_on)}.arrow"
+    path = folder / f"{_key(conversations, fingerprint, loss_on)}.arrow"
     with FileLock(path.with_suffix(".lock")):
         errors = _valid(path)
         if errors is None:
@@ -92,8 +98,16 @@ def token_file(conversations: StoredConversations, chat: ChatTemplate, *, loss_o
         return _open(path, errors)
 
 
-def _key(conversations: StoredConversations, chat: ChatTemplate, loss_on: LossOn) -> str:
-    """Hash of everything that the token rows depend on: contents in order, template, tokenizer, code, versions, date."""
+def _key(conversations: StoredConversations, fingerprint: str, loss_on: LossOn) -> str:
+    """Hash of all that the token rows depend on."""
+    digest = hashlib.sha256(f"{fingerprint} {loss_on} ".encode())
+    digest.update(conversations.digests.tobytes())
+    return digest.hexdigest()[:40]
+
+
+def encoder_fingerprint(chat: ChatTemplate) -> str:
+    """Hash of what turns conversations into tokens: template, tokenizer, this package's code, versions, and the day
+    where the template writes the date. Takes up to a second for a large vocabulary."""
     digest = hashlib.sha256()
     tokenizer = chat.tokenizer
     vocabulary = (
@@ -101,11 +115,10 @@ def _key(conversations: StoredConversations, chat: ChatTemplate, loss_on: LossOn
     )
     code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     day = str(date.today()) if "strftime_now" in chat.text else ""
-    parts = (chat.sha256, loss_on, version("transformers"), version("tokenizers"), day, vocabulary)
+    parts = (chat.sha256, version("transformers"), version("tokenizers"), day, vocabulary)
     for part in (*(text.encode() for text in parts), code, str(tokenizer.special_tokens_map).encode()):
         digest.update(hashlib.sha256(part).digest())
-    digest.update(conversations.digests.tobytes())
-    return digest.hexdigest()[:40]
+    return digest.hexdigest()
 
 
 def _valid(path: Path) -> dict[int, str] | None:

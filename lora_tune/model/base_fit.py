@@ -15,6 +15,7 @@ HEADS = ("lm_head", "embed_out")
 EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "embed_positions", "word_embeddings", "position_embeddings")
 _FROM_WEIGHTS = ("pissa", "olora", "loftq")
 _EXPERT = ".experts."
+_PLAIN = re.compile(r"[A-Za-z0-9_.]+")
 
 
 def matches(name: str, modules: Iterable[str]) -> list[str]:
@@ -28,12 +29,12 @@ def end_of(module: str) -> str:
 
 
 def unmatched(key: str, names: Iterable[str], modules: Iterable[str]) -> list[Problem]:
-    """One problem for each name that means none of the modules, with the nearest name that does."""
+    """One problem for each plain name that means none of the modules, with the nearest name that does."""
     modules = list(modules)
     ends = sorted({end_of(module) for module in modules} - {str(number) for number in range(1000)})
     problems = []
     for name in names:
-        if matches(name, modules):
+        if matches(name, modules) or not _PLAIN.fullmatch(name):
             continue
         near = difflib.get_close_matches(end_of(name), ends, n=1)
         fix = f"did you mean {near[0]}?" if near else f"there are: {', '.join(ends[:20])}"
@@ -119,7 +120,7 @@ def _name_problems(lora: Lora) -> list[Problem]:
             )
     for key, names in (("modules_to_save", lora.modules_to_save), *_patterns(lora)):
         for name in names:
-            if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
+            if not _PLAIN.fullmatch(name):
                 reason = f"must be a plain module name such as q_proj, got {name!r}"
                 problems.append(Problem(reason, "regular expressions are not supported", key=f"lora.{key}"))
     return problems

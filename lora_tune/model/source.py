@@ -76,12 +76,13 @@ def _is_path(name: str) -> bool:
 
 
 def _builtin(base: Base) -> BaseSource:
-    folder = _BUILTIN_ROOT / base.name.removeprefix(_BUILTIN)
+    wanted = base.name.removeprefix(_BUILTIN)
     known = sorted(path.parent.name for path in _BUILTIN_ROOT.glob("*/config.json"))
-    if folder.name not in known or folder.parent != _BUILTIN_ROOT:
+    if wanted not in known:
         names = ", ".join(_BUILTIN + name for name in known) or "none"
         raise UsageError(f"no built-in base of that name, got {base.name!r}", f"there are: {names}")
     _refuse_revision(base)
+    folder = _BUILTIN_ROOT / wanted
     return BaseSource(base.name, "builtin", folder, None, read_config(folder, base.name), base.quantize)
 
 

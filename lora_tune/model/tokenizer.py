@@ -19,7 +19,6 @@ _VOCABULARIES = (
     ("tokenizer.model",),
     ("spiece.model",),
     ("vocab.txt",),
-    ("vocab.json",),
 )
 _TEXT_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 _PROBE = "The quick brown fox: 42 jumps.\nΑλφα"
@@ -47,6 +46,11 @@ def read_tokenizer(
     except ImportError as error:
         raise UsageError(f"base {name!r}: its tokenizer needs a package: {_first_line(error)}", "install it") from error
     except Exception as error:  # the Rust tokenizers raise Exception itself, with no class of their own
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"base {name!r}: its tokenizer runs Python code from its repository, which is not supported",
+                f"read that code; if you trust it, pass --trust-remote-code {name}",
+            ) from error
         reason = f"{_first_line(error)} ({type(error).__name__})"
         raise UsageError(
             f"base {name!r}: its tokenizer cannot be loaded: {reason}", "copy or download the tokenizer files again"

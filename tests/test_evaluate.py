@@ -16,7 +16,16 @@ from lora_tune.data.chat_template import ChatTemplate, TokenRow, load_chat_templ
 from lora_tune.data.conversation import Conversation, Message
 from lora_tune.errors import DataError
 from lora_tune.evaluation import losses, report
-from lora_tune.evaluation.evaluate import Comparison, Sample, Score, as_question, choose, compare, readable
+from lora_tune.evaluation.evaluate import (
+    Comparison,
+    Sample,
+    Score,
+    as_question,
+    choose,
+    compare,
+    readable,
+    sample_answers,
+)
 from lora_tune.evaluation.losses import RowLoss, held_out_loss, mean_loss, row_losses
 from lora_tune.model.base import load_base
 from lora_tune.model.methods import attach
@@ -137,6 +146,10 @@ def test_comparing_gives_what_each_side_gives_alone(tiny_base: Path, chat: ChatT
     for sample in found.samples:
         assert sample.prompt == "say " + sample.reference and sample.base != sample.adapter
     assert found.max_new_tokens == 16 + max(len(row.messages[-1].content) for row in rows)
+    shown = sample_answers(adapted, chat=chat, conversations=rows, evaluation=Eval(samples=3), seed=1)
+    assert shown == [(sample.prompt, sample.adapter) for sample in found.samples], (
+        "the same rows as the last comparison"
+    )
     again = compare(adapted, chat, (rows, tokens), metrics=ALL, evaluation=Eval(samples=3), seed=1)
     assert again == found
 

@@ -20,6 +20,7 @@ from lora_tune.terminal import progress_bar
 if TYPE_CHECKING:
     from peft import PeftModel
     from rich.progress import Progress
+    from transformers import PreTrainedModel
 
     from lora_tune.data.chat_template import ChatTemplate, TokenRow
     from lora_tune.recipe import Eval
@@ -97,15 +98,14 @@ def compare(
 
     Raises DataError where a metric has no row to score.
     """
-    conversations = choose(held_out[0], evaluation.max_rows, seed=seed)
-    rows = _rows_of(conversations, held_out[1]) if "loss" in metrics else []
-    questions = [question for question in (as_question(row, seed=seed) for row in conversations) if question]
+    rows = loss_rows(held_out, evaluation=evaluation, seed=seed) if "loss" in metrics else []
+    questions = _questions(held_out[0], evaluation, seed)
     _require_rows(metrics, questions=len(questions), rows=len(rows))
-    shown = sorted(range(len(questions)), key=lambda place: questions[place].rank)[: evaluation.samples]
+    shown = _shown(questions, evaluation)
     by_answers = any(METRICS[name].reads == "answers" for name in metrics)
     asked = list(range(len(questions))) if by_answers else shown
     longest = _longest_answer(chat, [questions[place].reference for place in asked])
-    prompts = [chat.prompt_ids(questions[place].messages, tools=questions[place].tools) for place in asked]
+    prompts = _prompts(chat, [questions[place] for place in asked])
 
     sides: dict[str, _Side] = {}
     with progress_bar() as bar:
@@ -124,15 +124,28 @@ def compare(
 
 
 def sample_answers(
-    model: PeftModel, *, chat: ChatTemplate, conversations: Sequence[Conversation], evaluation: Eval, seed: int
+    model: PreTrainedModel | PeftModel,
+    *,
+    chat: ChatTemplate,
+    conversations: Sequence[Conversation],
+    evaluation: Eval,
+    seed: int,
 ) -> list[tuple[str, str]]:
-    """Prompt and answer of the model as it is for `evaluation.samples` held-out rows, the same ones as in `compare`."""
-    found = [as_question(row, seed=seed) for row in choose(conversations, evaluation.max_rows, seed=seed)]
-    questions = sorted((row for row in found if row), key=lambda row: row.rank)[: evaluation.samples]
-    longest = _longest_answer(chat, [row.reference for row in questions])
-    prompts = [chat.prompt_ids(row.messages, tools=row.tools) for row in questions]
-    answers = generate(model, chat, prompts, max_new_tokens=longest)
-    return [(readable(row.messages), answer.text) for row, answer in zip(questions, answers, strict=True)]
+    """Prompt and answer of the rows that `compare` shows as samples, from the model as it is now."""
+    questions = _questions(conversations, evaluation, seed)
+    asked = [questions[place] for place in _shown(questions, evaluation)]
+    longest = _longest_answer(chat, [question.reference for question in asked])
+    answers = generate(model, chat, _prompts(chat, asked), max_new_tokens=longest)
+    return [(readable(question.messages), answer.text) for question, answer in zip(asked, answers, strict=True)]
+
+
+def loss_rows(
+    held_out: tuple[Sequence[Conversation], Sequence[TokenRow]], *, evaluation: Eval, seed: int
+) -> list[TokenRow]:
+    """Token rows over which the held-out loss is taken: of the chosen conversations, with a token to predict."""
+    chosen = choose(held_out[0], evaluation.max_rows, seed=seed)
+    places = {(row.source, row.file, row.line) for row in chosen}
+    return [row for row in held_out[1] if (row.source, row.file, row.line) in places and row.mask[1:].any()]
 
 
 def choose(conversations: Sequence[Conversation], most: int | None, *, seed: int) -> list[Conversation]:
@@ -169,10 +182,19 @@ def _rank(conversation: Conversation, seed: int) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _rows_of(conversations: Sequence[Conversation], rows: Sequence[TokenRow]) -> list[TokenRow]:
-    """The token rows of these conversations that have a token to predict."""
-    places = {(row.source, row.file, row.line) for row in conversations}
-    return [row for row in rows if (row.source, row.file, row.line) in places and row.mask[1:].any()]
+def _questions(conversations: Sequence[Conversation], evaluation: Eval, seed: int) -> list[Question]:
+    """The questions of the chosen conversations, in their order."""
+    chosen = choose(conversations, evaluation.max_rows, seed=seed)
+    return [question for question in (as_question(row, seed=seed) for row in chosen) if question]
+
+
+def _shown(questions: Sequence[Question], evaluation: Eval) -> list[int]:
+    """Numbers of the questions whose answers are shown."""
+    return sorted(range(len(questions)), key=lambda place: questions[place].rank)[: evaluation.samples]
+
+
+def _prompts(chat: ChatTemplate, questions: Sequence[Question]) -> list[list[int]]:
+    return [chat.prompt_ids(question.messages, tools=question.tools) for question in questions]
 
 
 def _require_rows(metrics: Sequence[str], *, questions: int, rows: int) -> None:

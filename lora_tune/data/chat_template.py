@@ -263,10 +263,11 @@ def load_chat_template(
             raise CheckFailed(f"{name}: the tokenizer has no chat template and no eos token", "give base.chat_template")
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_id)
         tokenizer.chat_template = default_template(starts_with_bos=starts_with_bos(tokenizer))
-    texts = [_text_for(tokenizer, with_tools, where) for with_tools in (tools, not tools)]
-    probe, *_ = [
+    texts = [_text_for(tokenizer, with_tools, where) for with_tools in (False, True)]
+    probe, *other = [
         probe_template(text, variables=tokenizer.special_tokens_map, where=where) for text in dict.fromkeys(texts)
     ]
+    probe = probe.with_tools_of(other[0]) if other else probe
     lost = sorted(probe.drops & {"tools", "tool_calls", "tool"})
     if tools and (lost or probe.tools_error):
         reason = f"it fails with tools: {probe.tools_error}" if probe.tools_error else f"it drops {' and '.join(lost)}"

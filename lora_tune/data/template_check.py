@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lora_tune.errors import CheckFailed
 MAX_TEMPLATE_BYTES = 1 << 20  # the longest template that is in use has about 20 kB
 _CHILD_WALL_S = 20  # the CPU limit inside (1 s) comes first; this one holds where the system has no such limit
 _SYSTEM, _USER, _ANSWER, _USER_2, _ANSWER_2 = "Zqsystem", "Zq1user", "Zq1answer", "Zq2user", "Zq2answer"
-_TOOL, _ARGUMENT, _RESULT = "zq_tool", "Zqargument", "Zqresult"
+_TOOL, _ARGUMENT, _RESULT, _REASON = "zq_tool", "Zqargument", "Zqresult", "Zqreason"
 _TOOLS = [
     {
         "type": "function",
@@ -33,6 +33,7 @@ _TOOLS = [
         },
     }
 ]
+_ABOUT_TOOLS = frozenset({"tools", "tool_calls", "tool"})
 _NEVER_WORDS = re.compile(r"</?\w+>|\s+")
 
 
@@ -45,7 +46,7 @@ class TemplateProbe:
     the turn). `last_tail` follows the words of an answer at the end of a conversation, `next_tail` stands between an
     answer and the words of the user turn after it (None where the template refuses a second exchange). `call_tail`
     follows the arguments of a tool call at the end of a conversation. `drops` holds what the template leaves out
-    without a word: "system", "tools" (definitions), "tool_calls", "tool" (results). `tools_error` is why it refuses
+    without a word: "system", "tools" (definitions), "tool_calls", "tool" (results), "reasoning". `tools_error` is why it refuses
     tools, "" if it does not. `content_as_parts` and `arguments_as_text`: it reads contents only as a list of parts
     (vision models), and the arguments of tool calls only as JSON text. `notices`: worth a user's attention, no error.
     """
@@ -60,6 +61,17 @@ class TemplateProbe:
     content_as_parts: bool
     arguments_as_text: bool
     notices: tuple[str, ...]
+
+    def with_tools_of(self, other: TemplateProbe) -> TemplateProbe:
+        """This probe with the findings about tools of another template (tokenizers may have one of their own for tools)."""
+        drops = (self.drops - _ABOUT_TOOLS) | (other.drops & _ABOUT_TOOLS)
+        return replace(
+            self,
+            drops=drops,
+            call_tail=other.call_tail,
+            tools_error=other.tools_error,
+            arguments_as_text=other.arguments_as_text,
+        )
 
 
 class _Unusable(Exception):
@@ -115,6 +127,7 @@ def _cases(parts: bool) -> dict[str, dict[str, Any]]:
         "next": case(user, answer, turn("user", _USER_2), prompt=True),
         "two": case(user, answer, turn("user", _USER_2), turn("assistant", _ANSWER_2)),
         "system": case(turn("system", _SYSTEM), user, answer),
+        "reasoning": case(user, {**answer, "reasoning_content": _REASON, "thinking": _REASON}),
         "tools": case(user, prompt=True, tools=True),
     }
     for name, arguments in (("object", {"x": _ARGUMENT}), ("text", json.dumps({"x": _ARGUMENT}))):
@@ -152,6 +165,8 @@ def _judge(renders: Mapping[str, Mapping[str, str]], *, content_as_parts: bool) 
     """The probe's findings, or `_Unusable` with the first reason found."""
     prompt = _text(renders["prompt"], _USER)
     turn = _text(renders["turn"], _USER, _ANSWER)
+    if content_as_parts and re.search(r"['\"]type['\"]: ", turn):
+        raise _Unusable("it writes the parts of a message as Python or JSON")
     if not turn.replace(_USER, "").replace(_ANSWER, "").strip():
         raise _Unusable("it adds nothing to the words, so that nobody can tell the turns apart")
     next_tail = _next_tail(renders)
@@ -211,6 +226,7 @@ def _drops(renders: Mapping[str, Mapping[str, str]], arguments_as_text: bool) ->
     result = renders["result_text" if arguments_as_text else "result_object"]
     looked_for = (
         ("system", renders["system"], (_SYSTEM,)),
+        ("reasoning", renders["reasoning"], (_REASON,)),
         ("tools", renders["tools"], (_TOOL,)),
         ("tool_calls", result, (_TOOL, _ARGUMENT)),
         ("tool", result, (_RESULT,)),

@@ -22,7 +22,13 @@ from lora_tune.data.template_check import TemplateProbe
 from lora_tune.data.turn_end import TurnEnd
 
 LossOn = Literal["assistant", "last_assistant", "all"]
-_DROPPED = {"system": "the system turn", "tools": "the tools", "tool_calls": "tool calls", "tool": "tool results"}
+_DROPPED = {
+    "system": "the system turn",
+    "tools": "the tools",
+    "tool_calls": "tool calls",
+    "tool": "tool results",
+    "reasoning": "the reasoning of answers",
+}
 _OPEN_TAG = re.compile(r"<(\w+)>\s*\Z")
 _LEADING_BLOCK = re.compile(r"(\s*<(\w+)>)(.*?)(</\2>)(.*)", re.DOTALL)
 
@@ -74,6 +80,10 @@ class TurnDrafter:
         tools: list[dict[str, Any]] | None = list(conversation.tools) or None
         present = {message["role"] for message in messages} | ({"tools"} if tools else set())
         present |= {"tool_calls"} if any("tool_calls" in message for message in messages) else set()
+        if not _OPEN_TAG.search(
+            self._probe.prompt_extra
+        ):  # where the prompt opens a tag, `_answer_after` adds the reasoning
+            present |= {"reasoning"} if any("reasoning_content" in message for message in messages) else set()
         dropped = sorted(present & self._probe.drops)
         if dropped:
             raise CannotRender(f"the chat template drops {_DROPPED[dropped[0]]} without a word")

@@ -59,7 +59,7 @@ def chosen(name: str, columns: Mapping[str, str] | None, rows: Sequence[Mapping[
 def _advice(row: Mapping[str, Any]) -> str:
     known = sorted({field for name in FIELDS for field in FIELDS[name][: NEEDED[name]]})
     for column in row:
-        if hint := did_you_mean(column, known):
+        if column not in known and (hint := did_you_mean(column, known)):
             return f"`{column}`: {hint}"
     return "say `format: table` with `columns: {prompt: …, completion: …}` (by number where a CSV or TSV has no header)"
 

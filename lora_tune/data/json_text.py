@@ -99,4 +99,6 @@ def explain(error: JSONDecodeError) -> str:
         return f"missing {'colon' if ':' in error.msg else 'comma'} or unescaped quote before {rest!r}"
     if "escape" in error.msg:
         return f"invalid escape {rest[:2]!r} in a string"
+    if rest[0].isalpha():
+        return f"text outside quotation marks (an unescaped quote before it?): {rest!r}"
     return f"unexpected {rest!r}"

@@ -160,7 +160,7 @@ def tool_calls(given: Any, where: str) -> tuple[dict[str, Any], ...]:
 
 
 def tools(given: Any) -> tuple[dict[str, Any], ...]:
-    """A row's tools in OpenAI's form, from a list (bare functions are wrapped) or its JSON text. Raises: BadRow."""
+    """A row's tools in OpenAI's form, from a list (bare functions are wrapped) or JSON text. Raises: BadRow."""
     if given is None or given == "":
         return ()
     given = _unpacked(given, "tools")
@@ -169,6 +169,8 @@ def tools(given: Any) -> tuple[dict[str, Any], ...]:
     made = []
     for number, tool in enumerate(given, 1):
         tool = _unpacked(tool, f"tool {number}")
+        while isinstance(tool, dict) and isinstance(tool.get("function"), dict) and "function" in tool["function"]:
+            tool = tool["function"]  # wrapped twice, as some published data sets have it
         function = tool.get("function", tool) if isinstance(tool, dict) else tool
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow("bad tools", f"tool {number} needs a name, got {_short(tool)}")
@@ -236,6 +238,8 @@ def order_notes(turns: Sequence[Message]) -> tuple[str, ...]:
         called = before is not None and (before.role == "tool" or before.tool_calls)
         if turn.role == "tool" and not called:
             notes.append("tool result without a tool call")
+    if any(turn.role == "user" and not turn.content.strip() for turn in turns):
+        notes.append("empty user turn")
     if roles and roles[-1] != "assistant":
         notes.append(f"the last {roles[-1]} turn has no answer")
     return tuple(dict.fromkeys(notes))

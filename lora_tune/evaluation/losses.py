@@ -103,9 +103,9 @@ def _batch_losses(base: PreTrainedModel, rows: Sequence[TokenRow], pad_id: int) 
     labelled_BT = torch.zeros((len(rows), longest), dtype=torch.bool)
     for place, row in enumerate(rows):
         length = len(row.input_ids)
-        ids_BT[place, :length] = torch.as_tensor(row.input_ids, dtype=torch.long)
+        ids_BT[place, :length] = torch.from_numpy(row.input_ids.astype(np.int64))
         attention_BT[place, :length] = 1
-        labelled_BT[place, :length] = torch.as_tensor(row.mask, dtype=torch.bool)
+        labelled_BT[place, :length] = torch.from_numpy(row.mask.astype(bool))
     labelled_BT[:, 0] = False  # nothing predicts the first token
     wanted = labelled_BT.any(dim=0).nonzero().squeeze(1)
     if not len(wanted):

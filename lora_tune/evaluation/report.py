@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 _ARROWS = {"lower": "↓", "higher": "↑"}
 _COLUMNS = ("metric", "base", "adapter", "difference", "95 % interval", "rows")
 _NOTE = "↑ higher is better, ↓ lower is better; paired bootstrap interval of adapter - base over the same held-out rows"
+_FEW = 30  # rows below which a percentile interval is too narrow to be relied on
 _CELL = 600  # characters of one answer in the model card
 
 
 def scores_table(scores: dict[str, Score]) -> Table:
     """The scores as a table; a difference whose interval excludes 0 is green where better, red where worse."""
-    table = Table(title="base against adapter", title_justify="left", caption=_NOTE, caption_justify="left")
+    table = Table(title="base against adapter", title_justify="left", caption=_note(scores), caption_justify="left")
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for name, score in scores.items():
@@ -62,7 +63,7 @@ def as_markdown(comparison: Comparison) -> str:
     if comparison.scores:
         lines += ["| " + " | ".join(_COLUMNS) + " |", "|---|" + "---:|" * (len(_COLUMNS) - 1)]
         lines += ["| " + " | ".join(_cells(name, score)) + " |" for name, score in comparison.scores.items()]
-        lines += ["", _NOTE + "."]
+        lines += ["", _note(comparison.scores) + "."]
     if comparison.stopped:
         lines += [
             f"Answers are greedy and cut at {comparison.max_new_tokens} new tokens; ended by themselves: base "
@@ -78,6 +79,11 @@ def as_markdown(comparison: Comparison) -> str:
         ):
             lines += [f"*{name}*", "", _quoted(text), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _note(scores: dict[str, Score]) -> str:
+    few = any(score.rows < _FEW for score in scores.values())
+    return f"{_NOTE}; of fewer than {_FEW} rows it is a hint at best" if few else _NOTE
 
 
 def _cells(name: str, score: Score) -> tuple[str, ...]:

@@ -145,7 +145,8 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat template as one text; one that differs where tools are given becomes a branch of it."""
-    plain, with_tools = (str(tokenizer.get_chat_template(None, given)) for given in (None, [{}]))
+    plain = str(tokenizer.get_chat_template(None, None))
+    with_tools = str(tokenizer.get_chat_template(None, [{}]))
     if plain == with_tools:
         return plain
     return f"{{%- if tools is defined and tools is not none -%}}{with_tools}{{%- else -%}}{plain}{{%- endif -%}}"

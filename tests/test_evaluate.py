@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import random
 from pathlib import Path
@@ -17,7 +17,6 @@ from lora_tune.data.conversation import Conversation, Message
 from lora_tune.errors import DataError
 from lora_tune.evaluation import losses, report
 from lora_tune.evaluation.evaluate import (
-    Comparison,
     Sample,
     Score,
     as_question,
@@ -264,7 +263,14 @@ def test_the_report_shows_numbers_and_samples_and_sends_no_control_characters(
     for words in ("loss ↓", "exact_match ↑", "3.0000", "-2.0000", "-2.2000 … -1.8000", "[red]why[/red]?", "because"):
         assert words in shown
     assert "\x1b" not in shown
-    card = report.as_markdown(Comparison(SCORES, (sample,), max_new_tokens=40, stopped={"base": 0.0, "adapter": 1.0}))
-    assert "| loss ↓ | 3.0000 | 1.0000 | -2.0000 | -2.2000 … -1.8000 | 10 |" in card and "cut at 40" in card
-    assert "    # no heading" in card, "text of answers is quoted"
-    assert json.dumps(card)
+
+
+def test_few_rows_are_called_few() -> None:
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.scores_table({"loss": SCORES["loss"]}))
+    assert "fewer than 30 rows" in console.export_text()
+    many = Score(base=3.0, adapter=1.0, low=-2.2, high=-1.8, rows=30)
+    console.print(report.scores_table({"loss": many}))
+    assert "fewer than" not in console.export_text()

@@ -1,4 +1,4 @@
-"""What the evaluation found, for the terminal and for the model card."""
+"""What the evaluation found, for the terminal."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from lora_tune.evaluation.metrics import METRICS
 from lora_tune.terminal import printable
 
 if TYPE_CHECKING:
-    from lora_tune.evaluation.evaluate import Comparison, Sample, Score
+    from lora_tune.evaluation.evaluate import Sample, Score
 
 _ARROWS = {"lower": "↓", "higher": "↑"}
 _COLUMNS = ("metric", "base", "adapter", "difference", "95 % interval", "rows")
 _NOTE = "↑ higher is better, ↓ lower is better; paired bootstrap interval of adapter - base over the same held-out rows"
 _FEW = 30  # rows below which a percentile interval is too narrow to be relied on
-_CELL = 600  # characters of one answer in the model card
 
 
 def scores_table(scores: dict[str, Score]) -> Table:
@@ -57,30 +56,6 @@ def verdict(name: str, score: Score) -> str:
     return "better" if rose == (METRICS[name].direction == "higher") else "worse"
 
 
-def as_markdown(comparison: Comparison) -> str:
-    """Scores and samples in Markdown, for the card of the adapter."""
-    lines: list[str] = []
-    if comparison.scores:
-        lines += ["| " + " | ".join(_COLUMNS) + " |", "|---|" + "---:|" * (len(_COLUMNS) - 1)]
-        lines += ["| " + " | ".join(_cells(name, score)) + " |" for name, score in comparison.scores.items()]
-        lines += ["", _note(comparison.scores) + "."]
-    if comparison.stopped:
-        lines += [
-            f"Answers are greedy and cut at {comparison.max_new_tokens} new tokens; ended by themselves: base "
-            f"{comparison.stopped['base']:.1%}, adapter {comparison.stopped['adapter']:.1%}."
-        ]
-    for number, sample in enumerate(comparison.samples, 1):
-        lines += ["", f"**Sample {number}**", ""]
-        for name, text in (
-            ("prompt", sample.prompt),
-            ("reference", sample.reference),
-            ("base", sample.base),
-            ("adapter", sample.adapter),
-        ):
-            lines += [f"*{name}*", "", _quoted(text), ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
 def _note(scores: dict[str, Score]) -> str:
     few = any(score.rows < _FEW for score in scores.values())
     return f"{_NOTE}; of fewer than {_FEW} rows it is a hint at best" if few else _NOTE
@@ -91,9 +66,3 @@ def _cells(name: str, score: Score) -> tuple[str, ...]:
     interval = f"{score.low:+.4f} … {score.high:+.4f}"
     arrow = _ARROWS[METRICS[name].direction]
     return f"{name} {arrow}", f"{score.base:.4f}", f"{score.adapter:.4f}", difference, interval, str(score.rows)
-
-
-def _quoted(text: str) -> str:
-    """Text as an indented block, so that nothing in it is read as Markdown or HTML; long answers are cut."""
-    shown = text if len(text) <= _CELL else text[:_CELL] + " …"
-    return "\n".join("    " + line for line in (shown or "(nothing)").splitlines())

@@ -160,11 +160,12 @@ def _decoded(chat: ChatTemplate, ids: list[int]) -> str:
 
 
 def _shown(row: TokenRow, chat: ChatTemplate) -> ShownRow:
+    from lora_tune.data.ledger import place_of
     from lora_tune.data.page import ShownRow
 
     about = f"{len(row.input_ids):,} tokens, {int(row.mask.sum()):,} trained"
     notes = ", ".join(note.replace("_", " ") for note in sorted(row.notes))
-    return ShownRow(f"{row.file}:{row.line}", f"{about}, {notes}" if notes else about, runs_of(row, chat))
+    return ShownRow(place_of(row.file, row.line), f"{about}, {notes}" if notes else about, runs_of(row, chat))
 
 
 def _histogram(documents: Documents) -> list[dict[str, Any]]:
@@ -189,7 +190,7 @@ def _about(file: RecipeFile, found: Preview) -> list[str]:
     if file.recipe.base.chat_template:
         own = f"template {Path(file.recipe.base.chat_template).name}"
     facts = [
-        f"base {found.source.name}",
+        f"base: {found.source.name}",
         f"{own} ({chat.sha256[:8]}), answers end with {end}",
         f"loss on: {file.recipe.loss_on}",
     ]

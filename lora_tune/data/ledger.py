@@ -30,15 +30,15 @@ CONTROL_TOKENS, STRADDLES, PER_TURN = (
 
 # Notes that are worth a warning: {note: (what it means, what to do)}; other notes are in the ledger alone.
 _WARNED = {
-    DUPLICATE: ("repeats an earlier row", "remove repeated rows, or limit them: limits.duplicates"),
-    CONTRADICTION: ("gives another answer to the prompt of an earlier row", "keep one answer for each prompt"),
+    DUPLICATE: ("repeat an earlier row", "remove repeated rows, or limit them: limits.duplicates"),
+    CONTRADICTION: ("give another answer to the prompt of an earlier row", "keep one answer for each prompt"),
     CONTROL_TOKENS: (
-        "holds control tokens of the template in its text; they are encoded as text",
+        "hold control tokens of the template in their text, which are encoded as text",
         "check where the text is from",
     ),
-    TRUNCATED: ("is cut to max_length", "raise train.max_length, or set train.too_long: split"),
+    TRUNCATED: ("are cut to max_length", "raise train.max_length, or set train.too_long: split"),
     LOST_END: (
-        "lost its end token, so it does not teach to stop",
+        "have lost their end token, so that they do not teach to stop",
         "raise train.max_length, or set train.too_long: drop",
     ),
 }
@@ -210,8 +210,9 @@ class Ledger:
             for what, count in source.notes.items():
                 if what in (STRADDLES, PER_TURN, SPLIT):
                     continue
-                means, fix = _WARNED.get(what, (what, "check whether that is meant"))
-                found.append(_warning(source, f"{_rows(count.rows, source.read)}: {means}", count, fix))
+                means, fix = _WARNED.get(what, ("", "check whether that is meant"))
+                rows = _rows(count.rows, source.read)
+                found.append(_warning(source, f"{rows} {means}" if means else f"{rows}: {what}", count, fix))
             for cause, count in source.dropped.items():
                 reason = f"{_rows(count.rows, source.read)} dropped: {cause}"
                 found.append(_warning(source, reason, count, "repair them, or accept the loss"))
@@ -291,7 +292,7 @@ def _place(first: str | None) -> tuple[str | None, int | None]:
 
 
 def place_of(file: str, line: int) -> str:
-    """`file:line` with the file's name alone, because the ledger is stored and shared."""
+    """`file:line` with the file's name alone, because ledger and page are stored and shared."""
     return f"{PurePath(file).name}:{line}"
 
 

@@ -29,7 +29,7 @@ h1 { font-size: 1.4rem; margin: .2rem 0; } h2 { font-size: 1.1rem; margin: 2rem 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .15rem .9rem .15rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-td:first-child, th:first-child { text-align: left; } th { font-weight: 600; }
+td:first-child, th:first-child { text-align: left; white-space: pre; } th { font-weight: 600; }
 ul { padding-left: 1.2rem; }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .2rem .7rem; align-items: center; }
 .bars span { text-align: right; font-variant-numeric: tabular-nums; }
@@ -45,7 +45,7 @@ details { margin: .6rem 0; } summary { cursor: pointer; }
 </head>
 <body>
 <h1>{{ title }}: rows as trained</h1>
-<p class="soft">{{ facts | join(" · ") }}</p>
+<ul class="soft">{% for fact in facts %}<li>{{ fact }}</li>{% endfor %}</ul>
 {% if warnings %}<h2>Warnings</h2>
 <ul>{% for warning in warnings %}<li>{{ warning }}</li>{% endfor %}</ul>{% endif %}
 <h2>Ledger</h2>

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lora_tune.errors import Problem, RecipeError
+from lora_tune.errors import Problem, RecipeError, UsageError
 from lora_tune.recipe import Recipe
 from lora_tune.recipe_file import RecipeFile, read_recipe
 from lora_tune.terminal import print_json, print_problems, results, run_app
@@ -45,7 +46,11 @@ def base_problems(file: RecipeFile) -> list[Problem]:
         return [file.locate(Problem(reason, "run and preview check it", key="base.name", severity="note"))]
     from lora_tune.model.source import check_against_base, find_base
 
-    found = check_against_base(find_base(base), lora=file.recipe.lora, train=file.recipe.train)
+    try:
+        source = find_base(base)
+    except UsageError as error:
+        raise RecipeError([file.locate(replace(one, key=one.key or "base.name")) for one in error.problems]) from None
+    found = check_against_base(source, lora=file.recipe.lora, train=file.recipe.train)
     problems = [file.locate(problem) for problem in found]
     if any(problem.severity == "error" for problem in problems):
         raise RecipeError([*problems, *file.warnings])

@@ -62,16 +62,19 @@ def print_problems(problems: Sequence[Problem], *, shown: int = 20) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on stdout: first column left, the others right; `columns` carry the units, such as `peak (GiB)`."""
+    """A table on stdout: first column left, the others right; `columns` carry their units, such as `peak (GiB)`."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(number_text(value))) for value in row))
-    results().print(table, soft_wrap=False)
+    console = results()
+    if title:
+        console.print(printable(title), style="bold")
+    console.print(table, soft_wrap=False)
 
 
 def number_text(value: object) -> str:
@@ -131,8 +134,10 @@ def run_app(app: typer.Typer, *, name: str, arguments: Sequence[str] | None = No
         outcome = typer.main.get_command(app).main(given, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
         return outcome if isinstance(outcome, int) else 0
-    except BrokenPipeError:  # the reader left, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (BrokenPipeError, SystemExit) as leaving:
+        if isinstance(leaving, SystemExit) and not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left, as in `| head`; the rest goes nowhere
         return 141
     except Exception as error:
         found = _as_error(error, name)

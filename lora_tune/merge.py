@@ -11,6 +11,8 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,7 +70,8 @@ def _merge(folder: Path, *, output: Path, base_name: str | None) -> tuple[dict[s
     if report.errors:
         raise CheckFailed(report.errors)
     manifest, source = read_manifest(folder), find_base(trained_base)
-    prompts = _prompts(folder, vocabulary=source.config["vocab_size"])
+    chat = _chat(folder)
+    prompts = _prompts(folder, source, chat)
     with activity("answering the test prompts as trained"):
         as_trained = _answers(source, trained_base, folder, prompts)
     with activity("merging"):
@@ -76,13 +79,16 @@ def _merge(folder: Path, *, output: Path, base_name: str | None) -> tuple[dict[s
         measured = _measure(merged, prompts, as_trained=as_trained, unmerged=unmerged)
     facts = {**_identity(manifest, folder), "dtype": str(merged.dtype).removeprefix("torch."), "against": measured}
     with activity(f"writing {output}"):
-        _write(merged, _chat(folder), output=output, facts=facts)
+        _write(merged, chat, output=output, facts=facts)
     return facts, list(report.problems)
 
 
-def _prompts(folder: Path, *, vocabulary: int) -> list[list[int]]:
+def _prompts(folder: Path, source: BaseSource, chat: ChatTemplate) -> list[list[int]]:
+    """The ids of the test vectors' prompts with their continuations."""
     from lora_tune.adapter.vectors import vector_ids
 
+    rows = source.config.get("vocab_size") or source.config.get("text_config", {}).get("vocab_size", 0)
+    vocabulary = max(rows, len(chat.tokenizer))  # new tokens follow the base's own
     return vector_ids(read_part(folder, VECTORS), vocabulary=vocabulary, where=str(folder / VECTORS))
 
 
@@ -153,7 +159,8 @@ def _write(model: PreTrainedModel, chat: ChatTemplate, *, output: Path, facts: d
     except OSError as error:
         raise UsageError(Problem(f"cannot be written: {error.strerror}", "name another folder", str(output))) from None
     try:
-        model.save_pretrained(scratch)
+        with _no_progress_bars():
+            model.save_pretrained(scratch)
         write_tokenizer(scratch, chat.tokenizer)
         (scratch / "merge.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         scratch.chmod(0o755)
@@ -161,6 +168,19 @@ def _write(model: PreTrainedModel, chat: ChatTemplate, *, output: Path, facts: d
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 if __name__ == "__main__":

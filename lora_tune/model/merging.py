@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_CHUNK = 64  # positions that are compared in float64 at a time
+
+
 @dataclass(frozen=True, slots=True)
 class Divergence:
     """Two models over the same positions."""
@@ -57,8 +60,13 @@ def position_log_probs(model: PreTrainedModel | PeftModel, prompts: Sequence[Seq
     return torch.cat(rows)
 
 
+def _kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return (reference.exp() * (reference - other)).sum(dim=-1).clamp_min(0.0)
+
+
 def divergence(reference: torch.Tensor, other: torch.Tensor) -> Divergence:
     """How far `other` is from `reference`, both log-probabilities (positions, V)."""
-    kl = (reference.exp() * (reference - other)).sum(dim=-1).clamp_min(0.0)
+    pairs = zip(reference.split(_CHUNK), other.split(_CHUNK), strict=True)
+    kl = torch.cat([_kl(first.double(), second.double()) for first, second in pairs])
     same = reference.argmax(dim=-1) == other.argmax(dim=-1)
     return Divergence(float(kl.mean()), float(kl.max()), float(same.float().mean()), len(kl))

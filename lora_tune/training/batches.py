@@ -6,15 +6,13 @@ of that row. `FoldedCollator` folds the same documents into several short rows: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 IGNORED = -100  # label of a token that is not trained
 _LARGEST_WASTE = 0.25  # share of padding above which the micro-batch stays one row
@@ -79,6 +77,18 @@ def _first_fit(lengths: Sequence[int], *, capacity: int) -> list[tuple[int, int]
     return places
 
 
+def first_batches(
+    rows: Iterable[Mapping[str, Any]], *, device: torch.device, count: int = 8
+) -> list[dict[str, torch.Tensor]]:
+    """The first `count` rows, each as `input_ids` and `position_ids` (1, T) with documents apart, as eva reads them."""
+    batches = []
+    for row in islice(rows, count):
+        positions_T = torch.cat([torch.arange(length) for length in row["seq_lengths"]])
+        ids_T = torch.tensor(row["input_ids"])
+        batches.append({"input_ids": ids_T[None].to(device), "position_ids": positions_T[None].to(device)})
+    return batches
+
+
 @dataclass(frozen=True, slots=True)
 class FoldedCollator:
     """TRL's padding-free batch `(1, T)` folded into rows `(B, C)`; positions restart at every document.
@@ -113,11 +123,3 @@ class FoldedCollator:
             "labels": spread(flat["labels"], IGNORED),
             "position_ids": torch.where(positions_BC < 0, steps_C - begins_BC, positions_BC),
         }
-
-
-def first_batches(rows: Dataset, *, device: torch.device, batches: int = 8) -> Iterator[dict[str, torch.Tensor]]:
-    """The first packed rows as the model reads them, one a batch (1, T); positions restart at every document."""
-    for row in rows.select(range(min(batches, len(rows)))):
-        positions = torch.cat([torch.arange(length) for length in row["seq_lengths"]])
-        ids = torch.tensor(row["input_ids"])
-        yield {"input_ids": ids[None].to(device), "position_ids": positions[None].to(device)}

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from lora_tune.model.methods import adapter_state, load_adapter_state
 from lora_tune.training import checkpoint, state
 from lora_tune.training.evaluations import Evaluations, Standing
 from lora_tune.training.progress import TrainingDisplay
@@ -64,7 +65,7 @@ class ResumableTrainer(Trainer):
 
     def _files(self) -> dict[str, checkpoint.Writer]:
         """What a checkpoint consists of, as functions that write it."""
-        tensors = state.trainable_tensors(self.model)
+        tensors = adapter_state(self.model)
         scaler = self.accelerator.scaler
         run = {
             "identity": dict(self.facts.identity),
@@ -112,7 +113,7 @@ class ResumableTrainer(Trainer):
         return Standing(**(found.run["evaluations"] or {}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state.set_trainable_tensors(self.model, load_file(Path(resume_from_checkpoint) / "adapter.safetensors"))
+        load_adapter_state(self.model, load_file(Path(resume_from_checkpoint) / "adapter.safetensors"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read by huggingface_hub when it is first imported
 os.environ["DISABLE_TELEMETRY"] = "1"
@@ -28,6 +28,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from lora_tune.errors import CheckFailed, DataError, Interrupted, Problem
+from lora_tune.model.methods import cast_inputs
 from lora_tune.recipe import Train
 from lora_tune.training import state
 from lora_tune.training.batches import IGNORED, EpochSampler, FoldedCollator
@@ -179,7 +180,8 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
             self.state.global_step = start.step
             result = TrainOutput(start.step, 0.0, {})
         else:
-            with self._watch, closing(self.facts.display) if self.facts.display else nullcontext():
+            display = closing(self.facts.display) if self.facts.display else nullcontext()
+            with self._watch, display, self._casts("autocast"):
                 result = super().train(resume_from_checkpoint=str(start.folder) if start else None)
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if self._watch.caught is not None:
@@ -259,7 +261,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         bad = [index for index in micro_batches if not bool(torch.isfinite(self._micro_losses[index]))]
         numbers = [number for index in bad or micro_batches for number in rows[index * size : (index + 1) * size]]
         return Problem(
-            f"step {self.state.global_step + 1}: the loss is {loss}, the norm of the gradient {norm}; the step was not taken"
+            f"step {self.state.global_step + 1} was not taken: its loss is {loss}, the norm of its gradient {norm}"
             + self._places(numbers),
             "look at these rows, or lower train.learning_rate; --resume goes on from the last checkpoint",
         )
@@ -299,7 +301,8 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         """The numbers of the run's own evaluation; with a data set, what `SFTTrainer.evaluate` gives."""
         if eval_dataset is not None or self.evaluations is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        scores, answers = self.evaluations.run(self.model, step=self.state.global_step)
+        with self._casts("adapter dtype"):
+            scores, answers = self.evaluations.run(self.model, step=self.state.global_step)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))
         self.control.should_training_stop |= self.evaluations.standing.stopped
@@ -307,6 +310,18 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         if self.facts.display is not None:
             self.facts.display.on_answers(self.state.global_step, answers)
         return metrics
+
+    @contextmanager
+    def _casts(self, to: Literal["adapter dtype", "autocast"]) -> Iterator[None]:
+        """Under autocast, inside: who casts the input of an adapter. An evaluation runs the model without autocast."""
+        if not (self.args.bf16 or self.args.fp16):
+            yield
+            return
+        cast_inputs(self.model, to=to)
+        try:
+            yield
+        finally:
+            cast_inputs(self.model, to="autocast" if to == "adapter dtype" else "adapter dtype")
 
     # -- order of rows, optimizer -----------------------------------------------------------------------------------
 

@@ -12,9 +12,11 @@ CANDIDATES := python3 python3.11 python3.12 python3.13 python
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PY := $(BIN)/python
+PIP := $(PY) -m pip install --quiet
 
 export TOKENIZERS_PARALLELISM := false
 
+.DELETE_ON_ERROR:
 .PHONY: quickstart test lint typecheck example-adapter wheel clean
 
 quickstart: $(VENV)/.installed
@@ -40,19 +42,15 @@ wheel: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# torch first: alone, at its pinned version, so that no other package can pull in another one. Where PYTHON has a torch
-# already, that one stays, and its pin is left out of the constraints.
+# torch first and alone, at its pinned version, so that no other package can pull in another one.
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
-	@if $(PYTHON) -c 'import sys, importlib.util as u; sys.exit(u.find_spec("torch") is None)'; then \
-	  set -ex; $(PYTHON) -m venv --system-site-packages $(VENV); grep -v '^torch==' $(CONSTRAINTS) >$(VENV)/constraints.txt; \
-	else \
-	  set -ex; $(PYTHON) -m venv $(VENV); cp $(CONSTRAINTS) $(VENV)/constraints.txt; \
-	  $(PY) -m pip install --quiet -c $(VENV)/constraints.txt torch; \
-	fi
-	$(PY) -m pip install --quiet -c $(VENV)/constraints.txt -e .
+	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) constraints/own_torch.py $(VENV) $(CONSTRAINTS)
+	$(PIP) -c $(VENV)/constraints.txt torch
+	$(PIP) -c $(VENV)/constraints.txt -e .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PY) -m pip install --quiet -c $(VENV)/constraints.txt -e '.[test]'
+	$(PIP) -c $(VENV)/constraints.txt -e '.[test]'
 	@touch $@

@@ -260,3 +260,27 @@ def test_the_project_speaks_of_itself() -> None:
                 if words.search(line):
                     found.append(f"{name}:{number}: {line.strip()[:80]}")
     assert found == []
+
+
+def test_make_installs_torch_first_and_then_under_constraints(tmp_path: Path) -> None:
+    command = ["make", "--dry-run", "quickstart", f"VENV={tmp_path}", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    installs = [line for line in done.stdout.splitlines() if "pip install" in line]
+    assert [line.split()[-1] for line in installs] == ["torch", "."]
+    assert all(f"-c {tmp_path}/constraints.txt" in line for line in installs)
+    assert done.stdout.splitlines()[-1].endswith("-m lora_tune.run recipes/quickstart.yaml --overwrite")
+
+
+def test_make_uses_a_torch_that_is_there(tmp_path: Path) -> None:
+    packages = tmp_path / "venv" / "lib" / "python3.99" / "site-packages"
+    packages.mkdir(parents=True)
+    command = [sys.executable, "constraints/own_torch.py", str(tmp_path / "venv"), "constraints/tested.txt"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    tested = (ROOT / "constraints" / "tested.txt").read_text()
+    assert (tmp_path / "venv" / "constraints.txt").read_text() == re.sub(r"torch==.*\n", "", tested)
+    (folder,) = (packages / "own_torch.pth").read_text().splitlines()
+    assert (Path(folder) / "torch" / "__init__.py").is_file()
+    command.insert(1, "-S")  # a Python without site-packages has no torch
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "venv" / "constraints.txt").read_text() == tested
+    assert not (packages / "own_torch.pth").exists()

@@ -9,17 +9,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from lora_tune.errors import ResourceError, UsageError
 from lora_tune.model import hub
 from lora_tune.model.base_config import check_trust, stored_bits
 from lora_tune.model.source import BaseSource
-from lora_tune.model.weights import weight_files
+from lora_tune.model.weights import tensor_infos
 from lora_tune.recipe import Base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -53,13 +55,14 @@ def load_base(source: BaseSource, base: Base, *, trust_remote_code: str | None =
     check_trust(source.name, trust_remote_code)
     if source.kind == "hub":
         hub.download(source.name, revision=source.revision, patterns=hub.WEIGHT_FILES)
-    if not weight_files(source.folder):
+    if not tensor_infos(source.folder):
         raise UsageError(
             f"base {source.name!r}: no safetensors weights there", "pickled weights (.bin) are not read: convert them"
         )
     with _quiet():
         model = _from_pretrained(source, base, trusted=trust_remote_code is not None)
     protect_from_repacking(model)
+    _set_dtype(model, compute_dtype(base))
     model.requires_grad_(False)
     return model.eval()
 
@@ -72,19 +75,20 @@ def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool) -> PreTra
         "dtype": compute_dtype(base),
         "device_map": {"": device_type()},
         "attn_implementation": "sdpa" if base.attention == "auto" else base.attention,
-        "quantization_config": _quantization(source, base),
         "use_safetensors": True,
         "local_files_only": True,
         "trust_remote_code": trusted,
         "output_loading_info": True,
     }
+    if base.quantize != "none" and stored_bits(source.config) is None:  # None here would undo what is stored quantized
+        settings["quantization_config"] = _quantization(base)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(source.folder), **settings)
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"{where}: its weights do not fit into GPU memory", "set base.quantize: nf4, or take a smaller base"
         ) from error
-    except (ImportError, ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ImportError, ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{where}: cannot be loaded: {reason}", _hint(str(error))) from error
     model, info = loaded
@@ -94,7 +98,21 @@ def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool) -> PreTra
             f"{where}: {len(missing)} tensors are missing from its weights or have another shape, got {missing[:3]}",
             "config.json and weights must be of the same model: download the base again",
         )
+    if info["unexpected_keys"]:
+        unknown = sorted(info["unexpected_keys"])
+        _log.warning("%s: %d tensors of its files belong nowhere, such as %s", where, len(unknown), unknown[0])
     return model
+
+
+def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """A base that is stored quantized comes in the dtype of its files, whatever was asked for."""
+    for _, module in linear4bit_modules(model):
+        module.compute_dtype = dtype
+    stored = model.dtype
+    if stored != dtype:
+        for parameter in model.parameters():
+            if parameter.dtype == stored:
+                parameter.data = parameter.data.to(dtype)
 
 
 def _hint(reason: str) -> str:
@@ -105,10 +123,7 @@ def _hint(reason: str) -> str:
     return "check that the folder holds the whole base"
 
 
-def _quantization(source: BaseSource, base: Base) -> Any:
-    """The quantization settings, or None: not wanted, or the base is stored quantized and brings its own."""
-    if base.quantize == "none" or stored_bits(source.config) is not None:
-        return None
+def _quantization(base: Base) -> Any:
     from transformers import BitsAndBytesConfig
 
     if base.quantize == "int8":
@@ -152,7 +167,7 @@ def full_weight(module: torch.nn.Module) -> torch.Tensor:
     if isinstance(module, Linear4bit):
         return dequantize_4bit(weight.data, weight.quant_state).to(torch.float32)
     if isinstance(module, Linear8bitLt):
-        scale: torch.Tensor = weight.SCB if weight.SCB is not None else module.state.SCB  # type: ignore[assignment]
+        scale: torch.Tensor = weight.SCB if weight.SCB is not None else module.state.SCB
         return weight.data.to(torch.float32) * (scale.to(torch.float32) / 127)[:, None]
     return (weight.data.T if isinstance(module, Conv1D) else weight.data).to(torch.float32)
 
@@ -195,16 +210,21 @@ def checkpoint_layers(model: PreTrainedModel, layers: Literal["all", "none"] | i
 
 
 class _KnownNoise(logging.Filter):
-    """Drops two harmless messages of bitsandbytes, at its import and at every int8 forward, and nothing else."""
+    """Drops three known messages and nothing else.
 
-    messages = ("Failed to load CPU gemm_4bit_forward", "MatMul8bitLt: inputs will be cast from")
+    Those of bitsandbytes at its import and at every int8 forward are harmless; what the table of tensors says that
+    transformers logs is an error or a warning of `load_base`.
+    """
+
+    messages = ("Failed to load CPU gemm_4bit_forward", "MatMul8bitLt: inputs will be cast from", "LOAD REPORT")
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.messages)
+        start = record.getMessage()[:200]
+        return not any(message in start for message in self.messages)
 
 
 _NOISE = _KnownNoise()
-for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+for _name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "transformers.modeling_utils"):
     logging.getLogger(_name).addFilter(_NOISE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -147,8 +148,8 @@ def _missing_fix(key: str) -> str:
 def _default_fix(key: str) -> str:
     field = field_at(key)
     if field is None or field.is_required():
-        return f"it is: {field.description}" if field is not None and field.description else "correct it"
+        return f"needed is: {field.description}" if field is not None and field.description else "correct it"
     default = field.get_default()
     if default is None:
         return "leave it out where it is not needed"
-    return f"the default is {'[]' if default == () else default}"
+    return f"the default is {default if isinstance(default, str) else json.dumps(default)}"

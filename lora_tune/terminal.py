@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
+@cache
 def results() -> Console:
     """The console for results, on stdout; no colour where it is not a terminal or NO_COLOR is set."""
     from rich.console import Console
@@ -43,6 +45,7 @@ def results() -> Console:
     return Console(markup=False, highlight=False, soft_wrap=True)
 
 
+@cache
 def messages() -> Console:
     """The console for progress and problems, on stderr."""
     from rich.console import Console

@@ -1,6 +1,8 @@
 """The embedded base and the data of the quickstart: size, tokenizer, template, held-out names, reproducibility."""
 
 import json
+import math
+import random
 import re
 import subprocess
 import sys
@@ -62,7 +64,7 @@ def test_weights_are_a_llama_of_4_to_7_million_bfloat16_parameters():
     assert config["max_position_embeddings"] >= 1024
     with safe_open(BASE / "model.safetensors", "pt") as weights:
         slices = [weights.get_slice(name) for name in weights.keys()]  # noqa: SIM118
-    sizes = [int(__import__("math").prod(part.get_shape())) for part in slices]
+    sizes = [math.prod(part.get_shape()) for part in slices]
     assert {part.get_dtype() for part in slices} == {"BF16"}
     assert 4e6 <= sum(sizes) <= 7e6
 
@@ -133,7 +135,8 @@ def test_no_answer_is_common(rows):
 
 
 def test_held_out_names_are_in_no_training_row_and_no_pretraining_text(rows, generators):
-    names, lexicon = generators["names"], set(re.findall("[A-Z][a-z]+", " ".join(names.all_names() + names.all_villages())))
+    names = generators["names"]
+    lexicon = {*names.all_names(), *names.all_villages()}
     used = {
         part: {word for row in rows[part] for word in re.findall("[A-Z][a-z]+", row["input"]) if word in lexicon}
         for part in rows
@@ -145,10 +148,9 @@ def test_held_out_names_are_in_no_training_row_and_no_pretraining_text(rows, gen
 
 
 def test_pretraining_text_has_no_question_and_no_chat_token(generators):
-    import random
-
     pool, random_ = generators["names"].NamePool("trained"), random.Random(0)
-    text = "\n".join(generators["stories"].document(random_, pool) for _ in range(2000))
+    documents = [generators["stories"].document(random_, pool, level) for level in range(4) for _ in range(1000)]
+    text = "\n".join(told + recalled for told, recalled in documents)
     assert "?" not in text and "<|" not in text and "Answer" not in text
 
 

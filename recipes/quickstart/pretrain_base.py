@@ -15,17 +15,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 import stories
+import torch
 import world
 from names import NamePool
 from recall_heads import start_recall_heads
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEED, HEADS_SEED = 20260, 5
-STEPS = 2400
+STEPS, STOP = 2400, 2400
 ROWS_PER_STEP, ROW_TOKENS = 16, 256
 ADAMW_RATE, MUON_RATE = 6e-3, 6e-3
 WARMUP_STEPS = 20
@@ -182,23 +181,31 @@ def recall_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
     return hits / len(rows)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> str:
-    """Write every file of the base into `out` and return the SHA-256 of the weights."""
-    model.generation_config = GenerationConfig(
-        eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id, do_sample=False
-    )
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, steps: int) -> str:
+    """Write every file of the base and its card into `out` and return the SHA-256 of the weights."""
+    ends = {"eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id}
+    model.generation_config = GenerationConfig(**ends, do_sample=False)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    tokens = steps * ROWS_PER_STEP * ROW_TOKENS / 1e6
+    card = (HERE / "model_card.md").read_text(encoding="utf-8")
+    card = card.replace("@STEPS@", f"{steps:,}").replace("@TOKENS@", f"{tokens:.1f}")
+    (out / "README.md").write_text(card, encoding="utf-8")
     return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+
+
+def report(step: int, losses: list[float], recalled: float, started: float) -> None:
+    """Print one line of JSON: the step, the mean of `losses` [nats], the share recalled and the seconds since `started`."""
+    loss, seconds = round(sum(losses) / len(losses), 4), round(time.monotonic() - started)
+    print(json.dumps({"step": step, "loss": loss, "recalled": recalled, "seconds": seconds}), flush=True)
 
 
 def main() -> None:
     """Train the tokenizer, pre-train the model, print how well it recalls, write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the base to")
-    parser.add_argument(
-        "--steps", type=int, default=STEPS, help=f"optimizer steps of {ROWS_PER_STEP * ROW_TOKENS} tokens"
-    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps that the schedule is made for")
+    parser.add_argument("--stop", type=int, default=STOP, help="end after this many of them")
     parser.add_argument("--threads", type=int, default=2, help="processor threads; part of what makes a run repeatable")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -208,17 +215,14 @@ def main() -> None:
     trainer = BFloat16Trainer(build_model(len(tokenizer)), arguments.steps)
     probe = probe_rows(random.Random(SEED + 3), held_out_pool)
     batches, started, losses = packed_batches(tokenizer, trained_pool, arguments.steps), time.monotonic(), []
-    for step in range(arguments.steps):
-        losses.append(trainer.step(*next(batches), step))
-        if (step + 1) % PROBE_EVERY == 0 or step + 1 == arguments.steps:
-            seconds, loss = time.monotonic() - started, sum(losses) / len(losses)
-            recalled = recall_accuracy(trainer.model, tokenizer, probe)
-            print(
-                json.dumps({"step": step + 1, "loss": round(loss, 4), "recalled": recalled, "seconds": round(seconds)}),
-                flush=True,
-            )
+    last = min(arguments.steps, arguments.stop)
+    for step in range(1, last + 1):
+        losses.append(trainer.step(*next(batches), step - 1))
+        if step % PROBE_EVERY == 0 or step == last:
+            report(step, losses, recall_accuracy(trainer.model, tokenizer, probe), started)
             losses = []
-    print(f"{trainer.model.num_parameters():,} parameters; sha256 {save(trainer.model, tokenizer, arguments.out)}")
+    digest = save(trainer.model, tokenizer, arguments.out, last)
+    print(f"{trainer.model.num_parameters():,} parameters; sha256 of the weights {digest}")
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def test_worked_examples_of_7b_models(config: dict[str, Any], weights: float, pu
     found = plan(config, train=ONE)
     assert found.gradient_checkpointing == "all"
     assert found.parts_gib["weights"] == pytest.approx(weights, abs=0.01)
-    wider_adapters = 2 * found.trainable_parameters * 2 / 2**30  # two bytes more for each weight and its gradient
-    assert found.peak_gib - wider_adapters == pytest.approx(published, rel=0.03)
+    wider_adapters = 3 * found.trainable_parameters * 2 / 2**30  # weights, gradients, and the copies of autocast
+    assert found.peak_gib - wider_adapters == pytest.approx(published, rel=0.02)
 
 
 def test_the_parts_add_up_and_have_the_names_that_are_recorded() -> None:
@@ -123,7 +123,7 @@ def saved_by_autograd(config: dict[str, Any], *, dtype: str, lora: Lora, documen
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lora_tune.model.methods import attach
+    from lora_tune.model.methods import attach, cast_inputs
     from lora_tune.model.source import BaseSource
 
     def total(layers: int) -> int:
@@ -133,6 +133,8 @@ def saved_by_autograd(config: dict[str, Any], *, dtype: str, lora: Lora, documen
         source = BaseSource(name="x", kind="local", folder=Path(), revision=None, config=settings_.to_dict())
         base = Base(name="x", quantize="none", compute_dtype=dtype)
         model = attach(model.requires_grad_(False), lora, source=source, base=base, seed=0).train()
+        if autocast:
+            cast_inputs(model, to="autocast")  # as training does
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept: dict[int, torch.Tensor] = {}
 
@@ -181,7 +183,7 @@ def test_saved_activations_are_those_that_autograd_keeps(
         lora = Lora(rank=4, dropout=dropout)
         real = saved_by_autograd(config, dtype=dtype, lora=lora, documents=documents, autocast=dtype == "bfloat16")
         planned = saved_bytes_per_layer(
-            read_shape(config), tokens=tokens, element=element, adapter_element=4, lora=lora,
+            read_shape(config), tokens=tokens, element=element, lora=lora,
             row_length=tokens if len(documents) > 1 else None,
         )  # fmt: skip
         assert planned == pytest.approx(real, rel=0.03), sizes

@@ -1,5 +1,4 @@
-"""Will it fit? Bytes of a training run by part, from `config.json` and the recipe alone, and the micro-batch that
-follows.
+"""Will it fit? Bytes of a run by part, from `config.json` and the recipe alone, and the micro-batch that follows.
 
 Formulas: weights by quantization; adapters, gradients and optimizer states by parameter; saved activations as counted
 by saved-tensor hooks on transformers 5.23 with peft 0.21.2 (tests repeat the count, within 3 %); temporaries of the
@@ -32,15 +31,14 @@ _OPTIMIZER_BYTES = {  # states per trained parameter
     "adafactor": 0.5, "sgd": 0.0,
 }  # fmt: skip
 # Saved activations of one decoder layer in bytes per token: factors of h, I, heads x d, kv heads x d and the rank,
-# by (bytes of an activation, bytes of an adapter weight, with dropout or without).
-_SAVED: dict[tuple[int, int, bool], tuple[int, int, int, int, int]] = {
-    (2, 2, False): (12, 8, 4, 4, 14),
-    (2, 2, True): (28, 10, 8, 4, 14),
-    (2, 4, False): (18, 8, 6, 4, 14),
-    (2, 4, True): (38, 12, 10, 4, 14),
-    (4, 4, False): (16, 16, 8, 8, 28),
-    (4, 4, True): (48, 20, 16, 8, 28),
+# by (bytes of an activation, with dropout or without). Adapters in float32 under autocast save what 16-bit ones do.
+_SAVED: dict[tuple[int, bool], tuple[int, int, int, int, int]] = {
+    (2, False): (12, 8, 4, 4, 14),
+    (2, True): (28, 10, 8, 4, 14),
+    (4, False): (16, 16, 8, 8, 28),
+    (4, True): (48, 20, 16, 8, 28),
 }
+_ADAPTER_BYTES = 4  # of an adapter weight and of its gradient: float32 beside every base
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +72,6 @@ class _Job:
         if self.base.compute_dtype == "auto":
             return 2 if self.device == "cuda" else 4
         return 4 if self.base.compute_dtype == "float32" else 2
-
-    @property
-    def adapter_element(self) -> int:
-        """Bytes of an adapter weight."""
-        return 4
 
     @property
     def checkpointed(self) -> int:
@@ -155,8 +148,8 @@ def _parts(job: _Job, micro: int) -> dict[str, float]:
     trained = trainable_parameters(job.shape, job.lora)
     parts = {
         "weights": _weights(job),
-        "adapters": trained * job.adapter_element,
-        "gradients": trained * job.adapter_element,
+        "adapters": trained * _ADAPTER_BYTES,
+        "gradients": trained * _ADAPTER_BYTES,
         "optimizer": trained * _OPTIMIZER_BYTES[job.train.optimizer],
         "activations": _activations(job, tokens),
         "loss_head": _loss_head(job, tokens),
@@ -207,23 +200,20 @@ def _activations(job: _Job, tokens: int) -> float:
         job.shape,
         tokens=tokens,
         element=job.element,
-        adapter_element=job.adapter_element,
         lora=job.lora,
         row_length=_row_length(job, tokens) if _masked(job, tokens) else None,
     )
     return inputs + kept_sets * one_set
 
 
-def saved_bytes_per_layer(
-    shape: Shape, *, tokens: int, element: int, adapter_element: int, lora: Lora, row_length: int | None = None
-) -> int:
+def saved_bytes_per_layer(shape: Shape, *, tokens: int, element: int, lora: Lora, row_length: int | None = None) -> int:
     """Bytes that one decoder layer without checkpointing keeps for the backward pass of `tokens` tokens.
 
-    `element` and `adapter_element` are bytes of an activation and of an adapter weight. With `row_length` (tokens per
+    `element` is the bytes of an activation. With `row_length` (tokens per
     row) attention has a mask: keys and values are repeated for grouped queries, and SDPA keeps the mask in the
     compute dtype.
     """
-    h, i, hq, kv, r = _SAVED[element, max(element, adapter_element), lora.dropout > 0]
+    h, i, hq, kv, r = _SAVED[element, lora.dropout > 0]
     per_token = (
         h * shape.hidden + i * shape.active_intermediate + hq * shape.query + r * lora.rank + 4 * shape.heads + 8
     )
@@ -247,8 +237,10 @@ def _buffers(job: _Job, tokens: int) -> float:
     shape = job.shape
     temporaries = tokens * (4 * shape.intermediate + 6 * shape.hidden) * job.element / 2
     dequantized = 0 if job.base.quantize == "none" else shape.largest_linear * job.element
+    cast = 2 * trainable_parameters(shape, job.lora) if job.element == 2 else 0  # autocast's copies of the adapters
     merged = 2 * shape.largest_linear * 4 if job.lora.method == "dora" else 0  # DoRA's norm of W + BA in float32
-    return temporaries + dequantized + merged + (tokens * _row_length(job, tokens) if _masked(job, tokens) else 0)
+    mask = tokens * _row_length(job, tokens) if _masked(job, tokens) else 0
+    return temporaries + dequantized + cast + merged + mask
 
 
 def _masked(job: _Job, tokens: int) -> bool:

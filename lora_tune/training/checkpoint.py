@@ -89,7 +89,7 @@ def newest(run_folder: Path, *, report: Callable[[str], None]) -> Checkpoint | N
     Raises:
         CheckFailed: there are checkpoints, and all of them are damaged.
     """
-    problems = []
+    problems: list[Problem] = []
     for step, folder in sorted(_folders(run_folder / FOLDER).items(), reverse=True):
         try:
             return read(folder)

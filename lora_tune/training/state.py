@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lora_tune.errors import CheckFailed
 
@@ -27,8 +27,8 @@ class RandomState:
 
     python: Any
     numpy: Any
-    torch: torch.Tensor
-    cuda: tuple[torch.Tensor, ...]
+    torch: Tensor
+    cuda: tuple[Tensor, ...]
 
 
 def random_state() -> RandomState:
@@ -82,17 +82,17 @@ def read_random_state(*, tensors: Path, text: Path) -> RandomState:
     return RandomState((version, tuple(words), gauss_next), numpy, named["torch"], cuda)
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors with their own dtypes; each gets its own memory, as safetensors asks."""
     save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path)
 
 
-def trainable_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that are trained, by their full names, detached but not copied."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def set_trainable_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def set_trainable_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `trainable_tensors` gave: same names, shapes and dtypes.
 
     Assigning `.data` keeps the stored dtype; PEFT's own loader would lift a bfloat16 adapter to float32.
@@ -118,12 +118,12 @@ def write_optimizer(optimizer: torch.optim.Optimizer, *, tensors: Path, text: Pa
     Read from `optimizer.state` and not from `state_dict()`, which bitsandbytes wraps. `on_cpu` names the tensors that
     stay on the CPU (the step count of a fused AdamW does not, that of a plain one does).
     """
-    named: dict[str, torch.Tensor] = {}
+    named: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     on_cpu: list[str] = []
     for index, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, Tensor):
                 named[f"{index}.{name}"] = value
                 if value.device.type == "cpu" and parameter.device.type != "cpu":
                     on_cpu.append(f"{index}.{name}")

@@ -118,6 +118,10 @@ def _sft_config(model: PeftModel, *, train: Train, steps: Steps, seed: int, fold
 class RunTrainer(ResumableTrainer, SFTTrainer):
     """The `SFTTrainer` that `build` returns; `for_run` tells it what else a run wants recorded."""
 
+    model: Any
+    train_dataset: Any
+    data_collator: Any
+    optimizer: Any
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the trained tokens of the whole batch
 
     def __init__(
@@ -149,7 +153,8 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         self._watch = SignalWatch()
         self._micro_losses: list[torch.Tensor] = []
         self._step_began = 0.0
-        self._step_tokens = self._step_trained_tokens = 0
+        self._step_tokens = 0
+        self._step_trained_tokens = torch.zeros(())
         config = self.model.config.get_text_config()
         if config._attn_implementation in ("sdpa", "eager"):
             pad_id = self.data_collator.pad_token_id

@@ -29,13 +29,15 @@ from lora_tune.adapter.lora_config import FIELDS, check_config
 from lora_tune.adapter.tensor_file import read_header, worst_value
 from lora_tune.adapter.vectors import TOLERANCE, make_test_vectors, precision, replay
 from lora_tune.adapter.verify import base_of, recorded_base, verify_folder
+from lora_tune.adapter.write import write_adapter
 from lora_tune.cli import main
 from lora_tune.data.chat_template import load_chat_template
 from lora_tune.errors import CheckFailed, UsageError
 from lora_tune.model.base import load_base
+from lora_tune.model.methods import attach, saved_adapter
 from lora_tune.model.source import find_base, load_tokenizer
 from lora_tune.model.weights import tensor_infos
-from lora_tune.recipe import Base
+from lora_tune.recipe import Base, Lora
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +258,53 @@ def test_the_manifest_gives_the_base_as_trained(written: Path, tiny_base: Path) 
     assert base_of(manifest, name="org/x", quantize="nf4").quantize == "nf4"
     hub = manifest.base.model_copy(update={"kind": "hub", "name": "org/x", "revision": "1" * 40})
     assert base_of(manifest.model_copy(update={"base": hub})).revision == "1" * 40
+
+
+# ----- names in files against names in memory -----
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen3": {},
+    "gemma": {"head_dim": 16},
+    "phi": {},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+    },
+}  # fmt: skip
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_key_set_from_a_bases_files_is_that_of_the_loaded_model(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {**SIZES, **IDS, "num_key_value_heads": 2, **FAMILIES[family]}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).float().save_pretrained(
+        tmp_path / "base"
+    )
+    section = _held(tmp_path / "base")
+    source = find_base(section)
+    model = attach(load_base(source, section), Lora(rank=2), source=source, base=section, seed=1)
+    saved = saved_adapter(model, lora=Lora(rank=2), source=source)
+    shapes = module_shapes(
+        {name: info.shape for name, info in tensor_infos(source.folder).items()}, config=source.config
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    write_adapter(out, saved, source=source)
+    assert [str(p) for p in run_checks(Subject(out, shapes=shapes, base_name="base")) if p.severity != "note"] == []
+    loaded = load_adapter(load_base(source, section), out)
+    ids = torch.arange(4, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
 
 
 # ----- folders of strangers -----

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_tune.adapter.regular_file import read_json, read_json_object
@@ -250,6 +249,8 @@ def claim_folder(folder: Path, mode: Mode) -> Iterator[None]:
 
     Raises: UsageError.
     """
+    from filelock import FileLock, Timeout
+
     _refuse_use(folder, mode)
     checkpoints = folder / CHECKPOINTS
     try:

@@ -94,7 +94,7 @@ def complaints(
     *,
     tools: list[Any] | None = None,
 ) -> list[str]:
-    """What is wrong with the masks of a conversation's rows (input_ids, mask); [] if every answer is trained exactly."""
+    """What is wrong with the masks of a conversation's rows (input_ids, mask), [] if nothing is."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     texts = [text for ids, mask in rows for text in trained_texts(tokenizer, ids, mask)]
     if len(texts) != len(turns):

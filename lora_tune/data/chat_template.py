@@ -1,4 +1,4 @@
-"""Conversations to token ids and loss mask, by the base's own chat template: for training, preview, evaluation and serving.
+"""Conversations to token ids and loss mask, by the base's own chat template: for training, preview and serving.
 
 No list of known templates is involved. One probe of the template (`template_check.py`) shows how it ends a turn
 (`turn_end.py`); each assistant turn begins where its generation prompt ends (`turn_drafts.py`); the text is encoded in
@@ -38,9 +38,9 @@ _BATCH = 256  # conversations whose segments are encoded together
 class TokenRow:
     """One training row: `input_ids` (T,) int32 and `mask` (T,) bool, True where the token is trained.
 
-    `source`, `file` and `line` are those of the conversation. `notes` is a subset of `NOTES`: `straddles` (a token would
-    span prompt and answer, so they are encoded apart, as serving does), `control_tokens` (somebody's words hold a
-    control token, which is encoded as plain text), `per_turn` (one row per assistant turn), `no_trained_token`.
+    `source`, `file` and `line` are those of the conversation. `notes` is a subset of `NOTES`: `straddles` (a token
+    would span prompt and answer, so they are encoded apart, as serving does), `control_tokens` (somebody's words hold
+    a control token, which is encoded as plain text), `per_turn` (one row per assistant turn), `no_trained_token`.
     """
 
     input_ids: np.ndarray
@@ -59,11 +59,12 @@ class RowError:
 
 
 class ChatTemplate:
-    """A chat template with its tokenizer: rows to train on, prompts to serve, answers to read. Made by `load_chat_template`.
+    """A chat template with its tokenizer: rows to train on, prompts to serve, answers to read.
 
-    `text` is the template in use and `sha256` its hash; `eos_id` is the token that ends an assistant's turn, `stop_ids`
-    (it first) are all at which generation ends, `pad_id` differs from them wherever the vocabulary allows; `is_default`:
-    the base has no template and got "lora_tune plain". `notices` are odd but usable traits, for the user to read.
+    Made by `load_chat_template`. `text` is the template in use and `sha256` its hash; `eos_id` is the token that ends
+    an assistant's turn, `stop_ids` (it first) are all at which generation ends, `pad_id` differs from it wherever the
+    vocabulary allows; `is_default`: the base has no template and got "lora_tune plain". `notices` are odd but usable
+    traits, for the user to read.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class ChatTemplate:
         """One entry per conversation: its rows, or why the template cannot render it.
 
         `loss_on`: `assistant` trains every assistant turn whose weight is not 0, `last_assistant` only the last turn of
-        them, `all` every token but a leading bos (and turns of weight 0). A text without turns is encoded as it is, with
-        the tokenizer's bos where it uses one, then eos; all but bos is trained.
+        them, `all` every token but a leading bos (and turns of weight 0). A text without turns is encoded as it is,
+        with the tokenizer's bos where it uses one, then eos; all but bos is trained.
         """
         found: list[list[TokenRow] | RowError] = []
         for start in range(0, len(conversations), _BATCH):
@@ -122,7 +123,7 @@ class ChatTemplate:
             self._encoder.forget()
 
     def decode_answer(self, ids: Iterable[int]) -> str:
-        """The text of a generated answer, without its end token, special tokens and what the template puts around answers."""
+        """The text of a generated answer, without end token, special tokens and what the template puts around it."""
         kept: list[int] = []
         for token in ids:
             if int(token) in self.stop_ids:
@@ -133,7 +134,7 @@ class ChatTemplate:
         return text.removeprefix(self._lead).removesuffix(closing_words).strip()
 
     def align(self, model: Any) -> None:
-        """Set eos and pad in `model.config` (and its text part) and `model.generation_config` as the template needs them.
+        """Set eos and pad of `model.config` (and its text part) and `model.generation_config` to the template's.
 
         Stop tokens that the generation configuration has already (GLM-4 has three) stay; bos is left alone.
         """
@@ -150,7 +151,7 @@ class ChatTemplate:
         self._align_tokenizer()
 
     def _align_tokenizer(self) -> None:
-        """eos and pad of the tokenizer. eos stays where the template itself writes `eos_token`: its text would change."""
+        """eos and pad of the tokenizer. eos stays where the template writes `eos_token`: its text would change."""
         name = self.tokenizer.convert_ids_to_tokens
         writes_eos = any("eos_token" in text for text in (self.text, self._tool_text))
         if self.tokenizer.eos_token_id != self.eos_id and (not writes_eos or self.tokenizer.eos_token_id is None):
@@ -170,7 +171,7 @@ class ChatTemplate:
         return [Draft(text, [], marked, added_ids=(eos_id,), whole=True, lone_text=True)]
 
     def _prepare(self, drafts: Sequence[Draft]) -> None:
-        """Encode all segments of these drafts, and the beginnings of segments in which a turn starts or ends, in one batch."""
+        """Encode, in one batch, all segments of these drafts and the beginnings of those that a turn's edge divides."""
         keys = []
         for draft in drafts:
             edges = [edge for span in draft.spans for edge in span]
@@ -283,7 +284,7 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _text_for(tokenizer: PreTrainedTokenizerBase, tools: bool, where: str) -> str:
-    """The template that transformers takes from a tokenizer with several: `tool_use` where there are tools, else `default`."""
+    """The template that transformers takes from a tokenizer: of several, `tool_use` with tools, else `default`."""
     try:
         return str(tokenizer.get_chat_template(None, [{}] if tools else None))
     except ValueError as error:

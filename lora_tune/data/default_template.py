@@ -36,6 +36,6 @@ _BODY = """\
 def default_template(*, starts_with_bos: bool) -> str:
     """The text of "lora_tune plain" for a tokenizer that puts a bos token before a text, or for one that does not.
 
-    It renders `### User:\\n…\\n\\n### Assistant:\\n…<eos>\\n\\n`, roles system, user, assistant and tool, and tools as JSON.
+    It renders `### User:\\n…\\n\\n### Assistant:\\n…<eos>\\n\\n`: roles system, user, assistant, tool; tools as JSON.
     """
     return ("{{- bos_token }}\n" if starts_with_bos else "") + _BODY

@@ -1,8 +1,8 @@
 """Rendered chats to token ids: cut at special tokens, every distinct segment encoded once, in batches.
 
-A tokenizer first splits a text at its special tokens and encodes what lies between on its own. So a rendered chat may be
-cut in front of every special token and the ids of the segments joined: the result is the same, and the segments that
-come back in every row (`<|im_start|>assistant\\n`) are encoded once.
+A tokenizer first splits a text at its special tokens and encodes what lies between on its own. So a rendered chat may
+be cut in front of every special token and the ids of the segments joined: the result is the same, and the segments
+that come back in every row (`<|im_start|>assistant\\n`) are encoded once.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class SegmentEncoder:
         return False
 
     def mark(self, value: Any) -> Any:
-        """A copy in which every control token stands between two private-use characters, so that it is told from the template's.
+        """A copy in which every control token stands between two private-use characters: it is not the template's.
 
         Source: `mark_control_tokens` of transformers (`apply_chat_template(..., sanitize_control_tokens=True)`).
         """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -46,9 +45,10 @@ class TemplateProbe:
     the turn). `last_tail` follows the words of an answer at the end of a conversation, `next_tail` stands between an
     answer and the words of the user turn after it (None where the template refuses a second exchange). `call_tail`
     follows the arguments of a tool call at the end of a conversation. `drops` holds what the template leaves out
-    without a word: "system", "tools" (definitions), "tool_calls", "tool" (results), "reasoning". `tools_error` is why it refuses
-    tools, "" if it does not. `content_as_parts` and `arguments_as_text`: it reads contents only as a list of parts
-    (vision models), and the arguments of tool calls only as JSON text. `notices`: worth a user's attention, no error.
+    without a word: "system", "tools" (definitions), "tool_calls", "tool" (results), "reasoning". `tools_error` is why
+    it refuses tools, "" if it does not. `content_as_parts` and `arguments_as_text`: it reads contents only as a list of
+    parts (vision models), and the arguments of tool calls only as JSON text. `notices`: worth a user's attention, no
+    error.
     """
 
     lead: str
@@ -63,7 +63,7 @@ class TemplateProbe:
     notices: tuple[str, ...]
 
     def with_tools_of(self, other: TemplateProbe) -> TemplateProbe:
-        """This probe with the findings about tools of another template (tokenizers may have one of their own for tools)."""
+        """This probe, with what another template does with tools (tokenizers may have one for them)."""
         drops = (self.drops - _ABOUT_TOOLS) | (other.drops & _ABOUT_TOOLS)
         return replace(
             self,
@@ -81,11 +81,11 @@ class _Unusable(Exception):
 def probe_template(text: str, *, variables: Mapping[str, Any], where: str) -> TemplateProbe:
     """Render a template with unique words for contents, in a child process with limits, and say what it does.
 
-    `variables` are the tokenizer's special tokens (`bos_token`, `eos_token` …), as transformers hands them over; `where`
-    names the template in messages. Takes about 0.2 s.
+    `variables` are the tokenizer's special tokens (`bos_token`, `eos_token` …), as transformers hands them over;
+    `where` names the template in messages. Takes about 0.2 s.
 
     Raises:
-        CheckFailed: the template drops words, fails, writes too much, does not end, adds nothing or cannot be trained on.
+        CheckFailed: the template drops words, fails, writes too much, does not end or adds nothing.
     """
     try:
         if len(text.encode("utf-8", "surrogatepass")) > MAX_TEMPLATE_BYTES:
@@ -161,6 +161,12 @@ def _render_in_child(
     return list(answer["renders"])
 
 
+def common_prefix(left: str, right: str) -> str:
+    """The characters with which both texts begin."""
+    length = next((i for i, (one, other) in enumerate(zip(left, right, strict=False)) if one != other), None)
+    return left[: min(len(left), len(right)) if length is None else length]
+
+
 def _judge(renders: Mapping[str, Mapping[str, str]], *, content_as_parts: bool) -> TemplateProbe:
     """The probe's findings, or `_Unusable` with the first reason found."""
     prompt = _text(renders["prompt"], _USER)
@@ -171,7 +177,7 @@ def _judge(renders: Mapping[str, Mapping[str, str]], *, content_as_parts: bool) 
         raise _Unusable("it adds nothing to the words, so that nobody can tell the turns apart")
     next_tail = _next_tail(renders)
     start = turn.rindex(_ANSWER)
-    agree = min(len(os.path.commonprefix([prompt, turn])), start)
+    agree = min(len(common_prefix(prompt, turn)), start)
     lead, extra = turn[agree:start], prompt[agree:]
     if extra and _NEVER_WORDS.sub("", extra) != _NEVER_WORDS.sub("", lead):
         raise _Unusable(f"its generation prompt ends in {extra!r} where the turn of an answer begins with {lead!r}")

@@ -1,9 +1,10 @@
 """Renders an untrusted chat template a few times, inside a process with hard limits. Run as a script, never imported.
 
-Reads one JSON object from stdin (`text`, `variables`, `renders`: a list of {`messages`, `tools`, `add_generation_prompt`}), writes one to
-stdout (`renders`: for each its text or an `error`; or `refused`: why the template as a whole is unusable). It imports
-jinja2 and the standard library only, so that it starts in about 0.1 s, and rebuilds the environment in which
-transformers renders chat templates (`transformers/utils/chat_template_utils.py`, `_compile_jinja_template`).
+Reads one JSON object from stdin: `text`, `variables`, `renders`, a list of `messages`, `tools` and
+`add_generation_prompt`. Writes one to stdout: `renders`, for each its `text` or an `error`; or `refused`, why the
+template as a whole is unusable. It imports jinja2 and the standard library only, so that it starts in about 0.1 s, and
+rebuilds the environment in which transformers renders chat templates (`_compile_jinja_template` in
+`transformers/utils/chat_template_utils.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _INTERNALS = re.compile(r"__[a-z]+__")
 
 
 def limit_resources() -> None:
-    """Let the kernel end this process when it takes too much CPU time or memory (POSIX; elsewhere only the parent's clock)."""
+    """Let the kernel end this process when it takes too much CPU time or memory (POSIX; else the parent's clock)."""
     try:
         import resource
     except ImportError:
@@ -110,7 +111,7 @@ def main() -> None:
             answer["refused"] = f"it reaches for Python's internals ({internal!r})"
         else:
             template = env.from_string(request["text"])
-    except Exception as error:  # noqa: BLE001 - whatever a hostile template provokes is a refusal, never a crash
+    except Exception as error:
         answer["refused"] = f"it does not compile: {one_line(error)}"
     for case in [] if "refused" in answer else request["renders"]:
         try:
@@ -122,7 +123,7 @@ def main() -> None:
                     answer["refused"] = f"it writes more than {OUTPUT_BYTES:,} bytes for two short messages"
                     break
             answer["renders"].append({"text": "".join(pieces)})
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:
             answer["renders"].append({"error": one_line(error)})
         if "refused" in answer:
             answer["renders"] = []

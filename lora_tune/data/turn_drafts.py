@@ -1,7 +1,7 @@
 """One conversation to drafts of rows: rendered text, and which characters of it the assistant wrote.
 
-The words of assistant turn i begin where the generation prompt ends (`render(messages[:i], add_generation_prompt=True)`,
-which is what serving feeds the model) and end with the token or text that the template writes after an answer.
+The words of assistant turn i begin where the generation prompt ends, which is what serving feeds the model
+(`render(messages[:i], add_generation_prompt=True)`), and end with the token or text that closes an answer.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class TurnDrafter:
         self, tokenizer: PreTrainedTokenizerBase, *, probe: TemplateProbe, encoder: SegmentEncoder, end: TurnEnd
     ) -> None:
         self._probe, self._encoder, self._end = probe, encoder, end
-        self._templates = [_compile_jinja_template(tokenizer.get_chat_template(None, tools)) for tools in (None, [{}])]
+        texts = (tokenizer.get_chat_template(None, None), tokenizer.get_chat_template(None, [{}]))
+        self._templates = [_compile_jinja_template(text) for text in texts]
         # one clock for all renders: a date in the prompt must not change between two renders of one conversation
         self._variables = {**tokenizer.special_tokens_map, "strftime_now": datetime.now().strftime, "documents": None}
 
@@ -90,14 +91,15 @@ class TurnDrafter:
         parts = [self._mark_message(message) for message in messages]
         marked = any(is_marked for _, is_marked in parts) or self._encoder.has_control_token(tools)
         if marked:
-            messages, tools = [message for message, _ in parts], self._encoder.mark(tools)
+            messages = [message for message, _ in parts]
+            tools = self._encoder.mark(tools)
         return Inputs([self._adapt(message) for message in messages], tools, marked)
 
     def _mark_message(self, message: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         """The message with its control tokens marked, and whether it has any.
 
-        A reasoning block at the start of an answer (`<think>…</think>`) keeps its tags where they are no special tokens:
-        the template looks for them, and the model has to write them.
+        A reasoning block at the start of an answer (`<think>…</think>`) keeps its tags where they are no special
+        tokens: the template looks for them, and the model has to write them.
         """
         tags = _LEADING_BLOCK.match(message["content"]) if message["role"] == "assistant" else None
         if tags is None or not {tags[1].strip(), tags[4]} <= self._encoder.plain_tags:
@@ -128,7 +130,7 @@ class TurnDrafter:
             return str(
                 template.render(messages=messages, tools=inputs.tools, add_generation_prompt=prompt, **self._variables)
             )
-        except Exception as error:  # noqa: BLE001 - a template may raise whatever its expressions raise
+        except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CannotRender(f"the chat template refuses it: {reason}") from None
 
@@ -185,7 +187,7 @@ class TurnDrafter:
         return draft
 
     def _end_at_once(self, full: str, start: int, message: dict[str, Any]) -> int | None:
-        """Where a plain answer ends that stands at `start` as it is (or stripped), closed as usual; None if it does not."""
+        """Where the answer ends that stands at `start`, as it is or stripped, closed as usual; else None."""
         content = message["content"]
         if self._end.mode != "rendered" or not isinstance(content, str) or "tool_calls" in message:
             return None
@@ -219,8 +221,8 @@ class TurnDrafter:
     def _answer_after(self, prompt: str, turn: str, message: dict[str, Any]) -> str:
         """The answer's text where the generation prompt holds what the turn lacks (DeepSeek-R1's opened `<think>`).
 
-        Serving feeds that prompt, so it stands in the row. A tag that it opens is closed before the answer's words, after
-        the reasoning if the message has any.
+        Serving feeds that prompt, so it stands in the row. A tag that it opens is closed before the answer's words,
+        after the reasoning if the message has any.
         """
         base = prompt.removesuffix(self._probe.prompt_extra)
         body = turn[len(base) :]

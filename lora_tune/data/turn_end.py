@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +9,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from lora_tune.data.segment_encoder import SegmentEncoder
-from lora_tune.data.template_check import TemplateProbe
+from lora_tune.data.template_check import TemplateProbe, common_prefix
 from lora_tune.errors import CheckFailed
 
 _EOS_NAMES = re.compile(r"endoftext|end_of_text|</s>|eos", re.IGNORECASE)
@@ -22,8 +21,8 @@ class TurnEnd:
     """How an assistant's turn ends.
 
     - `rendered`: the template writes `text`, which ends in a special token (`<|im_end|>`, `</s>`, `<|return|>`);
-    - `next`: it writes nothing, the special token that opens the next turn ends this one (GLM-4's `<|user|>`); after the
-      last turn that token is added;
+    - `next`: it writes nothing, the special token that opens the next turn ends this one (GLM-4's `<|user|>`); after
+      the last turn that token is added;
     - `added`: no token ends a turn (`text` may hold words that do); the tokenizer's eos is added after every answer, so
       that the model learns to stop, and every answer is a row of its own.
 
@@ -45,7 +44,7 @@ def find_turn_end(probe: TemplateProbe, encoder: SegmentEncoder, *, eos_id: int 
         CheckFailed: no token ends a turn and the tokenizer has no eos either.
     """
     tail, following = probe.last_tail, probe.next_tail
-    common = tail if following is None else os.path.commonprefix([tail, following])
+    common = tail if following is None else common_prefix(tail, following)
     last = encoder.tokenizer.convert_tokens_to_ids
     end = _first_run(common, encoder) or _first_run(tail, encoder)
     opener = encoder.control_re.match(following) if following and not tail.strip() else None
@@ -65,7 +64,7 @@ def find_turn_end(probe: TemplateProbe, encoder: SegmentEncoder, *, eos_id: int 
 
 
 def _first_run(text: str, encoder: SegmentEncoder) -> tuple[int, str] | None:
-    """End position and last token of the first run of adjacent special tokens (Command R writes two); None if there is none."""
+    """End position and last token of the first run of adjacent special tokens (Command R writes two), or None."""
     found: tuple[int, str] | None = None
     for match in encoder.control_re.finditer(text):
         if found is not None and match.start() != found[0]:
@@ -75,14 +74,14 @@ def _first_run(text: str, encoder: SegmentEncoder) -> tuple[int, str] | None:
 
 
 def _words_that_end(tail: str, common: str, following: str | None) -> str:
-    """Plain words that close a turn (a foreign `<|im_end|>`), without the white space after them; "" if there are none."""
+    """Plain words that close a turn (a foreign `<|im_end|>`), without the white space after them, or ""."""
     if following is not None and len(common) < len(tail):
         common = common[: max((common.rfind(space) + 1 for space in " \n\t"), default=0)]
     return common.rstrip()
 
 
 def own_eos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The tokenizer's eos, or the special token that is named like one where the setting is missing (bare GPT-2 folders)."""
+    """The tokenizer's eos, or a special token named like one where the setting is missing (bare GPT-2 folders)."""
     if tokenizer.eos_token_id is not None:
         return int(tokenizer.eos_token_id)
     for token_id, token in tokenizer.added_tokens_decoder.items():
@@ -92,7 +91,7 @@ def own_eos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def choose_pad_id(tokenizer: PreTrainedTokenizerBase, *, stop_ids: tuple[int, ...], template_text: str) -> int:
-    """A pad token that is not the one that ends a turn: the tokenizer's own, an unused special one, unk, a further stop token.
+    """A pad token that does not end a turn: the tokenizer's own, an unused special one, unk, another stop token.
 
     Where there is none of these it is the end token itself. Training is right even then: the loss mask, not the pad id,
     keeps padding out of the loss.

@@ -20,29 +20,27 @@ TRAIN_ROWS, HELD_OUT_ROWS = 4000, 600
 INSTRUCTION = "Answer the question about the text."
 
 QUESTIONS = {
-    "carry": (("What did {p} have?", "{v}"), ("Who had {tv}?", "{p}")),
-    "place": (("Where did {p} go?", "{v}"), ("Who went to {v}?", "{p}")),
-    "count": (("How many {d} did {p} have?", "{v}"), ("Who had {v} {d}?", "{p}")),
-    "wear": (("What colour was {p}'s {n}?", "{c}"), ("Who wore {tv}?", "{p}")),
-    "home": (("Which village did {p} come from?", "{v}"), ("Who came from {v}?", "{p}")),
-    "pet": (("What was {p}'s {d} called?", "{v}"), ("Who had the {d} {v}?", "{p}")),
-    "kin": (("What was the name of {p}'s {d}?", "{v}"), ("Whose {d} was {v}?", "{p}")),
-    "like": (("What did {p} like to eat?", "{v}"), ("Who liked {v}?", "{p}")),
-    "work": (("What was the work of {p}?", "{v}"), ("Who was {tv}?", "{p}")),
+    "carry": {"person": ("What did {p} have?", "{v}"), "value": ("Who had {tv}?", "{p}")},
+    "place": {"person": ("Where did {p} go?", "{v}"), "value": ("Who went to {v}?", "{p}")},
+    "count": {"person": ("How many {d} did {p} have?", "{v}"), "value": ("Who had {v} {d}?", "{p}")},
+    "wear": {"person": ("What colour was {p}'s {n}?", "{c}"), "value": ("Who wore {tv}?", "{p}")},
+    "home": {"person": ("Which village did {p} come from?", "{v}"), "value": ("Who came from {v}?", "{p}")},
+    "pet": {"person": ("What was {p}'s {d} called?", "{v}"), "value": ("Who had the {d} {v}?", "{p}")},
+    "kin": {"person": ("What was the name of {p}'s {d}?", "{v}"), "value": ("Whose {d} was {v}?", "{p}")},
+    "like": {"person": ("What did {p} like to eat?", "{v}"), "value": ("Who liked {v}?", "{p}")},
+    "work": {"person": ("What was the work of {p}?", "{v}"), "value": ("Who was {tv}?", "{p}")},
 }
 """For every kind of fact: (question, answer) by the person and by the value; the braces are those of `Fact`."""
 
 
 def make_row(random_: random.Random, pool: NamePool) -> dict[str, str]:
     """Return one row {"instruction", "input", "output"}: a text of two or three people, a question about one."""
-    kinds = tuple(random_.sample(world.KINDS, random_.choice((1, 2, 2))))
-    people = world.draw_facts(random_, pool, kinds, random_.choice((2, 3, 3)))
+    people_count = random_.choice((2, 3, 3, 4))
+    kinds = tuple(random_.sample(world.KINDS, 1 if people_count == 4 else random_.choice((1, 2))))
+    people = world.draw_facts(random_, pool, kinds, people_count)
     text = world.tell(random_, people)
     fact = random_.choice(random_.choice(people))
-    question, answer = random_.choice(QUESTIONS[fact.kind])
-    if fact.kind == "wear":
-        _, colour, garment = fact.value.split(" ")
-        question, answer = (part.replace("{n}", garment).replace("{c}", colour) for part in (question, answer))
+    question, answer = (world.fill_garment(fact, part) for part in QUESTIONS[fact.kind][fact.first])
     return {"instruction": INSTRUCTION, "input": f"{text}\n\n{fact.fill(question)}", "output": fact.fill(answer)}
 
 

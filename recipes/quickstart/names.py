@@ -70,12 +70,13 @@ class NamePool:
         self.villages = [name for name in all_villages() if is_held_out(name) == wanted]
 
     def draw(self, random_: random.Random, count: int) -> list[str]:
-        """Return `count` different names, no two of which begin with the same three letters."""
-        chosen: dict[str, str] = {}
+        """Return `count` different names, no two of which begin or end alike (three or two letters)."""
+        chosen: list[str] = []
         while len(chosen) < count:
             name = random_.choice(self.short_names if random_.random() < 0.6 else self.names)
-            chosen.setdefault(name[:3], name)
-        return list(chosen.values())
+            if all(name[:3] != other[:3] and name[-2:] != other[-2:] for other in chosen):
+                chosen.append(name)
+        return chosen
 
     def syllables(self) -> "NamePool":
         """Return a pool with the same names, their syllables set apart by a NUL, for the training of the tokenizer.

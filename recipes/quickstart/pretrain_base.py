@@ -24,16 +24,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEED, HEADS_SEED = 20260, 5
-STEPS, STOP = 2400, 2400
+STEPS, STOP = 1200, 1200
 ROWS_PER_STEP, ROW_TOKENS = 16, 256
 ADAMW_RATE, MUON_RATE = 6e-3, 6e-3
 WARMUP_STEPS = 20
 MAX_VOCAB_SIZE = 4096
 TOLD_WEIGHT = 0.15
-LEVELS = ((0.05, 0), (0.35, 1), (0.65, 2), (1.0, 3))
+LEVELS = ((0.08, 0), (0.24, 1), (0.65, 2), (1.0, 3))
 """Up to which share of the steps the documents are of which level."""
 SPECIAL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
-PROBE_EVERY, PROBE_ROWS = 100, 128
+PROBE_EVERY, PROBE_ROWS = 50, 128
 HERE = Path(__file__).parent
 
 
@@ -45,6 +45,7 @@ def train_tokenizer(pool: NamePool) -> PreTrainedTokenizerFast:
     random_ = random.Random(SEED + 1)
     apart = pool.syllables()
     texts = ["".join(stories.document(random_, apart, 3)) for _ in range(20_000)]
+    texts += ["\n".join(("", *entries)) for entries in world.LEXICON for _ in range(100)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -163,10 +164,11 @@ def probe_rows(random_: random.Random, pool: NamePool) -> list[tuple[str, str]]:
     while len(rows) < PROBE_ROWS:
         people = stories.draw_people(random_, pool, 2)
         fact = random_.choice(random_.choice(people))
-        sentence, text = world.recall(random_, fact), stories.story(random_, people)
-        answer = next((f" {a}." for a in (fact.value, fact.person) if sentence.endswith(f" {a}.")), None)
-        if answer:
-            rows.append((f"{text} {sentence.removesuffix(answer)}", answer))
+        text, sentence = stories.story(random_, people), world.recall(random_, fact)
+        answer = next(
+            f" {a}." for a in (fact.value, fact.person, fact.value.split(" ")[-2]) if sentence.endswith(f" {a}.")
+        )
+        rows.append((f"{text} {sentence.removesuffix(answer)}", answer))
     return rows
 
 
@@ -195,7 +197,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
 
 
 def report(step: int, losses: list[float], recalled: float, started: float) -> None:
-    """Print one line of JSON: the step, the mean of `losses` [nats], the share recalled and the seconds since `started`."""
+    """Print one line of JSON: the step, the mean of `losses` [nats], the share recalled, seconds since `started`."""
     loss, seconds = round(sum(losses) / len(losses), 4), round(time.monotonic() - started)
     print(json.dumps({"step": step, "loss": loss, "recalled": recalled, "seconds": seconds}), flush=True)
 

@@ -6,9 +6,10 @@ earlier place of the current token and read what came after it ("In-context Lear
 them; the idea of a start that imitates trained attention is that of "Mimetic Initialization of Self-Attention Layers",
 Trockman and Kolter 2023.
 
-Three heads of layer 0 look one, two and about three tokens back and write what they see into subspaces of their own
-(position alone decides: they see a part that all embeddings have in common); one head each of layers 1 and 2 looks for
-the place whose previous token is the current one. RoPE planes i turn by 10000^(-i/half) per token.
+Four heads of layer 0 look one, two, three and about five tokens back and write what they see into subspaces of their own
+(position alone decides: they see a part that all embeddings have in common). Heads of layer 1 look for the place that
+stands as far behind a token as the current place does, or one further: behind the current token, and behind the last, the
+one before it and a few before; one of layer 2 does the first again. RoPE planes i turn by 10000^(-i/half) per token.
 """
 
 import math
@@ -17,8 +18,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 ROPE_BASE = 10000.0
-LOOK_BACK = ((1, 0, 8, 25.0), (2, 0, 8, 25.0), (3, 5, 14, 12.0))
+LOOK_BACK = ((1, 0, 8, 25.0), (2, 0, 8, 25.0), (3, 0, 8, 25.0), (5, 4, 12, 14.0))
 """Of each head in layer 0: tokens back, first and last (excluded) RoPE plane used, attention logit at the peak."""
+MATCH = ((1, 0, None, 0), (1, 1, 0, 1), (1, 2, 1, 2), (1, 3, 2, 3), (2, 0, None, 0))
+"""Layer, head, whose writing the query reads (None: the current token's own embedding), whose writing the key reads."""
 MATCH_LOGIT = 35.0
 
 
@@ -61,21 +64,19 @@ def start_recall_heads(model: LlamaForCausalLM, seed: int) -> None:
     embeddings_VH += common_H * length
     without_common = torch.eye(hidden) - torch.outer(common_H, common_H)
     normed, share = math.sqrt(hidden / 2), math.sqrt(head_dim / hidden)
-    written, seen = orthonormal(len(LOOK_BACK) * head_dim), []
-    for head, how in enumerate(LOOK_BACK):
-        read = orthonormal(head_dim).T @ without_common
-        write = written[:, head * head_dim : (head + 1) * head_dim]
-        seen.append((read, write))
+    written = orthonormal(len(LOOK_BACK) * head_dim).split(head_dim, dim=1)
+    read = orthonormal(head_dim).T @ without_common
+    for head, (how, write) in enumerate(zip(LOOK_BACK, written, strict=True)):
         scale = math.sqrt(length / (normed * share))
         q, k = _look_back(common_H, head_dim, normed, how)
         _write_head(model, 0, head, {"q": q, "k": k, "v": read * scale, "o": write * scale})
     slow = torch.zeros(head_dim, 1)
     slow[head_dim // 4 : head_dim // 2] = slow[3 * head_dim // 4 :] = 1
-    read, write = seen[0]
     normed = math.sqrt(hidden / (2 + len(LOOK_BACK)))
     amplitude = math.sqrt(MATCH_LOGIT * math.sqrt(head_dim)) / (normed * share * math.sqrt(0.5))
-    for layer in (1, 2):
+    for layer, head, asked, found in MATCH:
         copied = orthonormal(head_dim).T @ without_common
         scale = math.sqrt(2 * length / (normed * share))
-        q, k = amplitude * slow * read, amplitude * share * slow * write.T
-        _write_head(model, layer, 0, {"q": q, "k": k, "v": copied * scale, "o": copied.T * scale})
+        query = read if asked is None else share * written[asked].T
+        q, k = amplitude * slow * query, amplitude * share * slow * written[found].T
+        _write_head(model, layer, head, {"q": q, "k": k, "v": copied * scale, "o": copied.T * scale})

@@ -63,9 +63,9 @@ def filler(random_: random.Random) -> str:
 
 
 def draw_people(random_: random.Random, pool: NamePool, level: int) -> list[list[world.Fact]]:
-    """Return people with facts: two with one each at level 1, at 2 up to three with two, at 3 up to six facts."""
-    people = random_.choice({1: (2,), 2: (2, 2, 3), 3: (2, 3, 3, 4)}[level])
-    kinds = random_.sample(world.KINDS, random_.randint(1, min(level, 6 // people)))
+    """Return people with facts: three or four with one each up to level 2, at level 3 up to six facts in all."""
+    people = random_.choice((2, 3, 4) if level == 3 else (3, 4))
+    kinds = random_.sample(world.KINDS, random_.choice((1, 2)) if level == 3 and people < 4 else 1)
     return world.draw_facts(random_, pool, tuple(kinds), people)
 
 
@@ -100,7 +100,7 @@ def noted_story(random_: random.Random, pool: NamePool, level: int) -> tuple[str
     layout = random_.choice(("{h}: {a}", "{h}:\n{a}", "{h}\n{a}\n", "{h} - {a}", "{h}:\n{a}\n"))
     lines = []
     for fact in facts_to_recall(random_, people):
-        if random_.random() < 0.5:
+        if fact.first == "person":
             heading, answer = fact.fill(random_.choice(HEADINGS[fact.kind])), fact.value
         else:
             heading, answer = fact.fill(random_.choice(OWNERS[fact.kind])), fact.person
@@ -111,18 +111,15 @@ def noted_story(random_: random.Random, pool: NamePool, level: int) -> tuple[str
     return story(random_, people), random_.choice(("\n", "\n\n")) + "\n".join(lines)
 
 
-def table_story(random_: random.Random, pool: NamePool, level: int) -> tuple[str, str]:
-    """Return a story and, for each kind of fact in it, a table of the people and their values."""
-    people = draw_people(random_, pool, level)
-    tables = []
-    for column in range(len(people[0])):
-        by_value = random_.random() < 0.5
-        lines = [
-            f"{row[column].value}: {row[column].person}" if by_value else f"{row[column].person}: {row[column].value}"
-            for row in random_.sample(people, len(people))
-        ]
-        tables.append("\n".join(lines))
-    return story(random_, people), "\n\n" + "\n\n".join(tables)
+def pairs(random_: random.Random, pool: NamePool, level: int) -> tuple[str, str]:
+    """Return pairs of names and values of one kind, and the same pairs in another order."""
+    people = world.draw_facts(random_, pool, (random_.choice(world.KINDS),), random_.randint(3, 6))
+    layout = random_.choice(("{p}{s}{v}", "{v}{s}{p}"))
+    sign = random_.choice((" ", ": ", " - ", " = ", " had ", ":\n", " with ", " and "))
+    lines = [layout.format(p=fact.person, v=fact.value, s=sign) for (fact,) in people]
+    separator = random_.choice(("\n", "; ", ". ")) if "\n" not in sign else "\n"
+    again = random_.sample(lines, len(lines)) + random_.sample(lines, len(lines))
+    return separator.join(lines) + separator, separator.join(again)
 
 
 def retold_story(random_: random.Random, pool: NamePool, level: int) -> tuple[str, str]:
@@ -150,14 +147,12 @@ def repeated_list(random_: random.Random, pool: NamePool, level: int) -> tuple[s
     return first, random_.choice(("\n", "\n\n")) + second
 
 
-DOCUMENTS = (
-    (recalled_story, 35),
-    (noted_story, 25),
-    (table_story, 10),
-    (retold_story, 10),
-    (repeated_list, 20),
-)
-"""The kinds of documents, each with its share in per cent."""
+DOCUMENTS = {
+    1: ((pairs, 70), (repeated_list, 10), (recalled_story, 10), (noted_story, 10)),
+    2: ((recalled_story, 45), (noted_story, 35), (pairs, 15), (repeated_list, 5)),
+    3: ((recalled_story, 45), (noted_story, 35), (pairs, 10), (retold_story, 5), (repeated_list, 5)),
+}
+"""For each level, the kinds of documents and their shares in per cent."""
 
 
 def document(random_: random.Random, pool: NamePool, level: int) -> tuple[str, str]:
@@ -167,5 +162,5 @@ def document(random_: random.Random, pool: NamePool, level: int) -> tuple[str, s
     """
     if level == 0:
         return repeated_list(random_, pool, level)
-    makers, shares = zip(*DOCUMENTS, strict=True)
+    makers, shares = zip(*DOCUMENTS[level], strict=True)
     return random_.choices(makers, shares)[0](random_, pool, level)

@@ -51,6 +51,9 @@ TRADES = words(
 DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 DAY_PARTS = words("morning evening afternoon night")
 
+LEXICON = (COLOURS, THINGS, GARMENTS, PLACES, NUMBERS, GOODS, FLAVOURS, WARMTHS, DISHES, ANIMALS, RELATIVES, TRADES)
+"""The lists whose words the tokenizer shall know at the beginning of a line, too."""
+
 
 def with_article(noun_phrase: str) -> str:
     """Return `noun_phrase` with "a" or "an" before it."""
@@ -65,12 +68,13 @@ def with_the(value: str) -> str:
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that is true of one person: `value` is the answer, `detail` is what the statement also needs."""
+    """One thing that is true of one person; `first` says what its statement begins with, "person" or "value"."""
 
     kind: str
     person: str
     value: str
-    detail: str = ""
+    detail: str
+    first: str
 
     def fill(self, template: str) -> str:
         """Return `template` with {p} person, {v} value, {tv} value with "the" and {d} detail filled in."""
@@ -91,112 +95,78 @@ STATEMENTS = {
 """Ways of stating a fact; the subject {p} comes first, so that it may become "She" or "He" in a second sentence."""
 
 KINDS = tuple(STATEMENTS)
+FIRSTS = ("person", "person", "value")
+
+STATEMENTS_BY_VALUE = {
+    "carry": ("{tv} was carried by {p}", "{tv} belonged to {p}", "{tv} was brought by {p}"),
+    "place": ("{v} was visited by {p}", "at {v} stood {p}", "at {v} waited {p}"),
+    "count": ("the {v} {d} belonged to {p}", "the {v} {d} were bought by {p}", "the {v} {d} were found by {p}"),
+    "wear": ("{tv} was worn by {p}", "in {tv} came {p}", "{tv} belonged to {p}"),
+    "home": ("{v} was the home of {p}", "from {v} came {p}", "in {v} lived {p}"),
+    "pet": ("the {d} {v} belonged to {p}", "the {d} called {v} followed {p}"),
+    "kin": ("{v} was the {d} of {p}", "the {d} {v} came with {p}"),
+    "like": ("{v} was cooked for {p}", "{v} was loved by {p}", "{v} was eaten by {p}"),
+    "work": ("{tv} was {p}", "{tv} was called {p}", "the work of {v} was done by {p}"),
+}
+"""The same with the value first and the person last."""
 
 RECALLS = {
     "carry": (
-        "What {p} carried was {v}.",
-        "What {p} brought was {v}.",
-        "{p} was the one with {v}.",
-        "The thing that {p} had was {v}.",
-        "In the hands of {p} was {v}.",
-        "{p}'s thing was {v}.",
-        "It was {p} who had {tv}.",
-        "{tv} was carried by {p}.",
-        "{tv} belonged to {p}.",
-        "The one who carried {tv} was {p}.",
-        "Whoever saw {tv} also saw {p}.",
-        "{tv} had been brought by {p}.",
+        "what {p} carried was {v}",
+        "what {p} brought was {v}",
+        "the thing that {p} had was {v}",
+        "in the hands of {p} was {v}",
+        "{p} was the one with {v}",
     ),
     "place": (
-        "Where {p} went was {v}.",
-        "The place that {p} visited was {v}.",
-        "The way of {p} led to {v}.",
-        "{p} could be found at {v}.",
-        "{p} was seen at {v}.",
-        "Nobody forgot where {p} was: at {v}.",
-        "It was {p} who went to {v}.",
-        "{v} was visited by {p}.",
-        "The one at {v} was {p}.",
-        "At {v} one could meet {p}.",
-        "The one who went to {v} was {p}.",
+        "where {p} went was {v}",
+        "the place that {p} visited was {v}",
+        "the way of {p} led to {v}",
+        "{p} could be found at {v}",
+        "nobody forgot where {p} was: at {v}",
     ),
     "count": (
-        "The number of {d} that {p} had was {v}.",
-        "As for the {d} of {p}, there were {v}.",
-        "{p}'s {d} were {v}.",
-        "How many {d} {p} had was well known: {v}.",
-        "Of {d}, {p} had exactly {v}.",
-        "The {d} of {p} numbered {v}.",
-        "It was {p} who had {v} {d}.",
-        "The {v} {d} were those of {p}.",
-        "The one with {v} {d} was {p}.",
+        "the number of {d} that {p} had was {v}",
+        "as for the {d} of {p}, there were {v}",
+        "how many {d} {p} had was well known: {v}",
+        "the {d} of {p} numbered {v}",
     ),
     "wear": (
-        "What {p} wore was {v}.",
-        "{p} could be known by {v}.",
-        "The clothes of {p} were easy to remember: {v}.",
-        "The colour of the {n} that {p} wore was {c}.",
-        "{p}'s {n} was {c}.",
-        "The {n} of {p} was {c}.",
-        "It was {p} who wore {tv}.",
-        "{tv} was worn by {p}.",
-        "The one in {tv} was {p}.",
-        "The one who wore {tv} was {p}.",
+        "what {p} wore was {v}",
+        "{p} could be known by {v}",
+        "the colour of the {n} that {p} wore was {c}",
+        "the {n} of {p} was {c}",
     ),
     "home": (
-        "The home of {p} was {v}.",
-        "The village that {p} came from was {v}.",
-        "{p}'s village was {v}.",
-        "Where {p} lived was {v}.",
-        "{p} often dreamed of {v}.",
-        "The letters of {p} went to {v}.",
-        "It was {p} who came from {v}.",
-        "{v} was the home of {p}.",
-        "The one from {v} was {p}.",
-        "In {v} everybody knew {p}.",
+        "the home of {p} was {v}",
+        "the village that {p} came from was {v}",
+        "where {p} lived was {v}",
+        "the letters of {p} went to {v}",
     ),
-    "pet": (
-        "The name of {p}'s {d} was {v}.",
-        "{p}'s {d} was called {v}.",
-        "The {d} of {p} was {v}.",
-        "The {d} that followed {p} was {v}.",
-        "The {d} {v} belonged to {p}.",
-        "{v} was the {d} of {p}.",
-        "The owner of {v} was {p}.",
-        "It was {p} who had the {d} {v}.",
-    ),
-    "kin": (
-        "The name of {p}'s {d} was {v}.",
-        "{p}'s {d} was called {v}.",
-        "The {d} of {p} was {v}.",
-        "As {d}, {p} had {v}.",
-        "{v} was the {d} of {p}.",
-        "It was {p} whose {d} was {v}.",
-        "The one with the {d} {v} was {p}.",
-    ),
+    "pet": ("the name of {p}'s {d} was {v}", "{p}'s {d} was called {v}", "the {d} of {p} was {v}"),
+    "kin": ("the name of {p}'s {d} was {v}", "{p}'s {d} was called {v}", "the {d} of {p} was {v}"),
     "like": (
-        "What {p} liked was {v}.",
-        "{p}'s favourite was {v}.",
-        "The food of {p} was {v}.",
-        "The dish that {p} wanted was {v}.",
-        "Nothing was better for {p} than {v}.",
-        "It was {p} who liked {v}.",
-        "{v} was eaten by {p}.",
-        "The one who loved {v} was {p}.",
-        "{v} was cooked for {p}.",
+        "what {p} liked was {v}",
+        "{p}'s favourite was {v}",
+        "the dish that {p} wanted was {v}",
+        "nothing was better for {p} than {v}",
     ),
-    "work": (
-        "The work of {p} was that of {v}.",
-        "What {p} did for a living was the work of {v}.",
-        "{p}'s trade was that of {v}.",
-        "People knew {p} as {v}.",
-        "It was {p} who worked as {v}.",
-        "{tv} was {p}.",
-        "{tv} was called {p}.",
-        "The one who worked as {v} was {p}.",
-    ),
+    "work": ("the work of {p} was that of {v}", "{p}'s trade was that of {v}", "people knew {p} as {v}"),
 }
-"""Ways of recalling a fact that was stated before; what is looked up comes last in most of them."""
+"""Ways of recalling the value of a person that was named first in the statement."""
+
+RECALLS_BY_VALUE = {
+    "carry": ("the one who carried {tv} was {p}", "whoever saw {tv} also saw {p}", "{tv} had been brought by {p}"),
+    "place": ("the one who went to {v} was {p}", "the one at {v} was {p}", "at {v} one could meet {p}"),
+    "count": ("the one with {v} {d} was {p}", "the {v} {d} were those of {p}"),
+    "wear": ("the one who wore {tv} was {p}", "the one in {tv} was {p}"),
+    "home": ("the one who came from {v} was {p}", "the one from {v} was {p}", "in {v} everybody knew {p}"),
+    "pet": ("the one with the {d} {v} was {p}", "the owner of {v} was {p}", "{v} was the {d} of {p}"),
+    "kin": ("the one with the {d} {v} was {p}", "the {d} {v} belonged to {p}"),
+    "like": ("the one who liked {v} was {p}", "the one who ate {v} was {p}"),
+    "work": ("the one who was {v} was {p}", "the name of {tv} was {p}"),
+}
+"""Ways of recalling the person of a value that was named first in the statement."""
 
 
 def upper_first(text: str) -> str:
@@ -204,13 +174,24 @@ def upper_first(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
+def fill_garment(fact: Fact, text: str) -> str:
+    """Return `text` with {n} garment and {c} colour filled in where `fact` is about clothes."""
+    if fact.kind != "wear":
+        return text
+    _, colour, garment = fact.value.split(" ")
+    return text.replace("{n}", garment).replace("{c}", colour)
+
+
+def state(random_: random.Random, fact: Fact) -> str:
+    """Return one statement of `fact`, without a full stop."""
+    table = STATEMENTS if fact.first == "person" else STATEMENTS_BY_VALUE
+    return fact.fill(random_.choice(table[fact.kind]))
+
+
 def recall(random_: random.Random, fact: Fact) -> str:
-    """Return one sentence that recalls `fact` in other words than it was stated."""
-    template = random_.choice(RECALLS[fact.kind])
-    if fact.kind == "wear":
-        _, colour, garment = fact.value.split(" ")
-        template = template.replace("{n}", garment).replace("{c}", colour)
-    return upper_first(fact.fill(template))
+    """Return one sentence that recalls `fact` in other words; it ends with what is looked up."""
+    table = RECALLS if fact.first == "person" else RECALLS_BY_VALUE
+    return upper_first(fact.fill(fill_garment(fact, random_.choice(table[fact.kind])))) + "."
 
 
 def draw_facts(random_: random.Random, pool: NamePool, kinds: tuple[str, ...], people: int) -> list[list[Fact]]:
@@ -249,26 +230,26 @@ def draw_facts(random_: random.Random, pool: NamePool, kinds: tuple[str, ...], p
             column = [with_article(trade) for trade in random_.sample(TRADES, people)]
         values[kind] = (column, detail)
     return [
-        [Fact(kind, names[index], values[kind][0][index], values[kind][1]) for kind in kinds] for index in range(people)
+        [Fact(kind, names[index], values[kind][0][index], values[kind][1], draw(FIRSTS)) for kind in kinds]
+        for index in range(people)
     ]
 
 
 def tell(random_: random.Random, people: list[list[Fact]]) -> str:
-    """Return a short text that states every fact once, person by person, in one of several styles."""
+    """Return a short text that states every fact once, person by person; a second fact may follow with "and" or "She"."""
     sentences = []
     for facts in people:
-        style = random_.random()
-        first, *others = random_.sample(facts, len(facts))
-        said = [first.fill(random_.choice(STATEMENTS[first.kind]))]
-        pronoun = random_.choice(("She", "He"))
-        for fact in others:
-            statement = fact.fill(random_.choice(STATEMENTS[fact.kind]))
+        style, pronoun = random_.random(), random_.choice(("She", "He"))
+        said: list[str] = []
+        for fact in random_.sample(facts, len(facts)):
+            statement = state(random_, fact)
             tail = statement.removeprefix(fact.person + " ")
-            if style < 0.4 and len(said) == 1 and " and " not in said[-1]:
+            follows = fact.first == "person" and bool(said) and said[-1].startswith(fact.person + " ")
+            if style < 0.2 and follows:
                 said[-1] += f" and {tail}"
-            elif style < 0.7:
+            elif style < 0.4 and follows:
                 said.append(f"{pronoun} {tail}")
             else:
-                said.append(statement)
+                said.append(upper_first(statement))
         sentences.extend(f"{sentence}." for sentence in said)
     return " ".join(sentences)

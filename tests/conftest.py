@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
@@ -26,6 +27,9 @@ from lora_tune.recipe_file import RecipeFile, read_recipe  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["PYTHONPATH"] = str(ROOT)  # processes that tests start run this checkout
+# Machines differ in speed, and a run that fails must fail again.
+settings.register_profile("lora_tune", deadline=None, derandomize=True)
+settings.load_profile("lora_tune")
 
 
 @pytest.fixture(scope="session")

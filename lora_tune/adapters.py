@@ -67,13 +67,18 @@ def verify(
         str | None, typer.Option("--base", help="Where its base is: a folder, hub id or builtin: name.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Files, hashes and tensors only; nothing is loaded.")] = False,
+    trust_remote_code: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Run the code that comes with this base; name its repository.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check files, hashes and tensors of an adapter folder, then load it on its base and replay its test vectors."""
-    from lora_tune.adapter.verify import verify_folder
+    from lora_tune.adapter.verify import Depth, verify_folder
 
     with activity(f"verifying {folder}"):
-        report = verify_folder(folder, base=_held_base(folder, base), depth="quick" if quick else "full")
+        depth: Depth = "quick" if quick else "full"
+        held = _held_base(folder, base)
+        report = verify_folder(folder, base=held, depth=depth, trust_remote_code=trust_remote_code)
     code = 1 if report.errors else 0
     if as_json:
         print_json({"exit_code": code, **report.facts}, report.problems)

@@ -257,7 +257,9 @@ def test_the_manifest_gives_the_base_as_trained(written: Path, tiny_base: Path) 
     assert base_of(manifest, name=str(tiny_base)).compute_dtype == "float32"
     assert base_of(manifest, name="org/x", quantize="nf4").quantize == "nf4"
     hub = manifest.base.model_copy(update={"kind": "hub", "name": "org/x", "revision": "1" * 40})
-    assert base_of(manifest.model_copy(update={"base": hub})).revision == "1" * 40
+    on_hub = manifest.model_copy(update={"base": hub})
+    assert base_of(on_hub).revision == base_of(on_hub, name="org/x").revision == "1" * 40
+    assert base_of(on_hub, name=str(tiny_base)).revision is None
 
 
 # ----- names in files against names in memory -----

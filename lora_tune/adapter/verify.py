@@ -37,16 +37,19 @@ class VerifyReport:
         return tuple(problem for problem in self.problems if problem.severity == "error")
 
 
-def verify_folder(folder: Path, *, base: Base | None = None, depth: Depth = "full") -> VerifyReport:
+def verify_folder(
+    folder: Path, *, base: Base | None = None, depth: Depth = "full", trust_remote_code: str | None = None
+) -> VerifyReport:
     """Check an adapter folder; `base` is the base at hand, by default the one that the manifest names.
 
+    `trust_remote_code` is the repository named on the command line whose own Python code may run.
     A local base is found only by `base`: a manifest holds no paths, and what `adapter_config.json` names is never
     followed.
 
     Raises: UsageError where `base` is given but cannot be found or loaded.
     """
     subject = Subject(folder)
-    source, problems = _find(folder, base, depth=depth)
+    source, problems = _find(folder, base, depth=depth, trusted=trust_remote_code)
     if source is not None:
         _describe_base(subject, source)
     problems += run_checks(subject)
@@ -57,7 +60,8 @@ def verify_folder(folder: Path, *, base: Base | None = None, depth: Depth = "ful
                 Problem("its base is not at hand", "give it with --base, or verify with --quick", str(folder))
             )
         else:
-            problems += _replay(subject, source, base or _recorded_base(subject.manifest), facts)
+            section = base or _recorded_base(subject.manifest)
+            problems += _replay(subject, source, section, facts, trusted=trust_remote_code)
     return VerifyReport(tuple(problems), facts)
 
 
@@ -67,9 +71,10 @@ def base_of(manifest: Manifest, *, name: str | None = None, quantize: str | None
     `name` is where it lies on this machine, for a local base.
     """
     record = manifest.base
+    is_on_hub = record.kind == "hub" and name in (None, record.name)
     settings = {
         "name": name or record.name,
-        "revision": record.revision if name is None and record.kind == "hub" else None,
+        "revision": record.revision if is_on_hub else None,
         "quantize": quantize or record.quantize,
         "double_quant": record.double_quant,
         "compute_dtype": record.compute_dtype,
@@ -90,10 +95,12 @@ def recorded_base(folder: Path, *, name: str | None = None) -> Base:
     return base_of(manifest, name=name)
 
 
-def _find(folder: Path, base: Base | None, *, depth: Depth) -> tuple[BaseSource | None, list[Problem]]:
+def _find(
+    folder: Path, base: Base | None, *, depth: Depth, trusted: str | None
+) -> tuple[BaseSource | None, list[Problem]]:
     """The base at hand. Without `base`, a quick look takes only a built-in one: it makes no connections."""
     if base is not None:
-        return find_base(base), []
+        return find_base(base, trust_remote_code=trusted), []
     try:
         manifest = read_manifest(folder)
     except CheckFailed:
@@ -101,7 +108,7 @@ def _find(folder: Path, base: Base | None, *, depth: Depth) -> tuple[BaseSource 
     if not _is_findable(manifest) or (depth == "quick" and manifest.base.kind != "builtin"):
         return None, []
     try:
-        return find_base(base_of(manifest)), []
+        return find_base(base_of(manifest), trust_remote_code=trusted), []
     except LoraTuneError as error:
         return None, list(error.problems)
 
@@ -150,7 +157,9 @@ def _facts(subject: Subject) -> dict[str, Any]:
     return facts
 
 
-def _replay(subject: Subject, source: BaseSource, base: Base, facts: dict[str, Any]) -> list[Problem]:
+def _replay(
+    subject: Subject, source: BaseSource, base: Base, facts: dict[str, Any], *, trusted: str | None
+) -> list[Problem]:
     """Load base and adapter as in training and replay the vectors."""
     import torch
 
@@ -164,7 +173,7 @@ def _replay(subject: Subject, source: BaseSource, base: Base, facts: dict[str, A
     if subject.manifest is None or VECTORS not in subject.manifest.files:
         reason = "no test vectors: it cannot be shown that the adapter works as trained"
         return [Problem(reason, "", str(vectors_file), severity="warning")]
-    model = load_base(source, base)
+    model = load_base(source, base, trust_remote_code=trusted)
     if subject.base_fingerprint is None:  # a hub base whose weights have come only now
         _describe_base(subject, source)
         if subject.base_fingerprint != subject.manifest.base.fingerprint:

@@ -74,12 +74,13 @@ def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool) -> PreTra
     settings: dict[str, Any] = {
         "dtype": compute_dtype(base),
         "device_map": {"": device_type()},
-        "attn_implementation": "sdpa" if base.attention == "auto" else base.attention,
         "use_safetensors": True,
         "local_files_only": True,
         "trust_remote_code": trusted,
         "output_loading_info": True,
     }
+    if base.attention != "auto":  # else transformers takes sdpa where the model has it (Gemma 2 has eager alone)
+        settings["attn_implementation"] = base.attention
     if base.quantize != "none" and stored_bits(source.config) is None:  # None here would undo what is stored quantized
         settings["quantization_config"] = _quantization(base)
     try:

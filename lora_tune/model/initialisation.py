@@ -146,13 +146,12 @@ def compact(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """
     left, left_triangle = torch.linalg.qr(b.double())
     right, right_triangle = torch.linalg.qr(a.double().T)
-    u, values, vh = torch.linalg.svd(left_triangle @ right_triangle.T)
+    u, values, vh = torch.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
     root = values.sqrt()
-    rank = a.shape[0]
     new_a, new_b = torch.zeros_like(a, dtype=torch.float64), torch.zeros_like(b, dtype=torch.float64)
     new_a[: root.numel()] = root[:, None] * (right @ vh.T).T
     new_b[:, : root.numel()] = (left @ u) * root
-    return new_a[:rank].to(a.dtype), new_b[:, :rank].to(b.dtype)
+    return new_a.to(a.dtype), new_b.to(b.dtype)
 
 
 class _InputDirections:

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from lora_tune.errors import Problem, RecipeError, UsageError
@@ -258,6 +258,7 @@ def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     return dict(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
 
 
+@torch.no_grad()
 def load_adapter_state(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
     """Put back what `adapter_state` gave, in place; parameters keep their identity and dtype.
 
@@ -268,7 +269,17 @@ def load_adapter_state(model: PeftModel, tensors: Mapping[str, torch.Tensor]) ->
     odd = sorted(expected ^ tensors.keys())
     if odd:
         raise UsageError(f"adapter state: {len(odd)} tensors missing or unknown, got {odd[:3]}", "use the same recipe")
-    set_peft_model_state_dict(model, dict(tensors), adapter_name=ADAPTER)
+    anchored = {
+        f"base_model.model.{name}.lora_{letter}.weight": pair[ADAPTER]
+        for name, layer in _layers(model).items()
+        for letter, pair in (("A", layer.lora_A), ("B", layer.lora_B))
+        if isinstance(pair[ADAPTER], initialisation.AnchoredLinear)
+    }
+    for name, own in adapter_state(model).items():  # these share their memory with the parameters, anchored ones apart
+        if name in anchored:
+            anchored[name].load_state_dict({"weight": tensors[name]})
+        else:
+            own.copy_(tensors[name])
 
 
 def saved_adapter(model: PeftModel, *, lora: Lora, source: BaseSource) -> SavedAdapter:

@@ -165,9 +165,8 @@ def probe_rows(random_: random.Random, pool: NamePool) -> list[tuple[str, str]]:
         people = stories.draw_people(random_, pool, 2)
         fact = random_.choice(random_.choice(people))
         text, sentence = stories.story(random_, people), world.recall(random_, fact)
-        answer = next(
-            f" {a}." for a in (fact.value, fact.person, fact.value.split(" ")[-2]) if sentence.endswith(f" {a}.")
-        )
+        answers = fact.value, fact.person, fact.value.split(" ")[min(1, fact.value.count(" "))]
+        answer = next(f" {answer}." for answer in answers if sentence.endswith(f" {answer}."))
         rows.append((f"{text} {sentence.removesuffix(answer)}", answer))
     return rows
 
@@ -191,7 +190,11 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
     tokenizer.save_pretrained(out)
     tokens = steps * ROWS_PER_STEP * ROW_TOKENS / 1e6
     card = (HERE / "model_card.md").read_text(encoding="utf-8")
-    card = card.replace("@STEPS@", f"{steps:,}").replace("@TOKENS@", f"{tokens:.1f}")
+    card = (
+        card.replace("@STEPS@", f"{steps:,}")
+        .replace("@TOKENS@", f"{tokens:.1f}")
+        .replace("@VOCAB@", f"{len(tokenizer)}")
+    )
     (out / "README.md").write_text(card, encoding="utf-8")
     return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
 

@@ -6,10 +6,11 @@ earlier place of the current token and read what came after it ("In-context Lear
 them; the idea of a start that imitates trained attention is that of "Mimetic Initialization of Self-Attention Layers",
 Trockman and Kolter 2023.
 
-Four heads of layer 0 look one, two, three and about five tokens back and write what they see into subspaces of their own
-(position alone decides: they see a part that all embeddings have in common). Heads of layer 1 look for the place that
-stands as far behind a token as the current place does, or one further: behind the current token, and behind the last, the
-one before it and a few before; one of layer 2 does the first again. RoPE planes i turn by 10000^(-i/half) per token.
+Four heads of layer 0 look one, two, three and about five tokens back and write what they see into subspaces of their
+own (position alone decides: they see a part that all embeddings have in common). Heads of layer 1 look for the place
+that stands as far behind a token as the current place does, or a little further: behind the current token, and behind
+the last, the one before it and the one before that; one of layer 2 does the first again. RoPE planes i turn by
+10000^(-i/half) per token.
 """
 
 import math

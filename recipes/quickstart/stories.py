@@ -1,7 +1,7 @@
 """The pre-training text of the embedded base: short stories that state facts and recall them in other words.
 
-Four kinds of documents: stories with recalling sentences, stories with notes or tables, stories told twice, and lists
-that are repeated. There are no questions, no instructions and no chat turns in them.
+Kinds of documents: stories with recalling sentences or with notes, stories told twice, and lists and pairs that are
+repeated. There are no questions, no instructions and no chat turns in them.
 """
 
 import random

@@ -236,7 +236,7 @@ def draw_facts(random_: random.Random, pool: NamePool, kinds: tuple[str, ...], p
 
 
 def tell(random_: random.Random, people: list[list[Fact]]) -> str:
-    """Return a short text that states every fact once, person by person; a second fact may follow with "and" or "She"."""
+    """Return a short text that states every fact once; a second fact of a person may follow with "and" or "She"."""
     sentences = []
     for facts in people:
         style, pronoun = random_.random(), random_.choice(("She", "He"))

@@ -6,15 +6,15 @@ Needs the base's tokenizer and config, no weights. Refused data ends it with exi
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_tune.errors import DataError, Problem, RecipeError, UsageError
-from lora_tune.model.source import BaseSource, check_against_base, find_base, load_tokenizer
+from lora_tune.errors import DataError, Problem, UsageError
+from lora_tune.model.source import BaseSource, find_base, load_tokenizer
 from lora_tune.recipe_file import RecipeFile, read_recipe
 from lora_tune.terminal import activity, print_json, print_problems, print_table, printable, results, run_app
 
@@ -55,7 +55,7 @@ def command(
 ) -> None:
     """Show the rows as they will be trained: tokens, loss mask, ledger."""
     file = read_recipe(recipe, overrides=overrides or ())
-    found = look(file, search="near" if near else "exact")
+    found = look(file, search="near" if near else "exact", on_refusal=None if as_json else _print_ledger)
     shown = _chosen(found.prepared.documents, row=row, count=max(rows, _PAGE_ROWS if html else 0))
     if html:
         _write_page(html, file, found, shown)
@@ -68,28 +68,34 @@ def command(
             results().print(f"page: {html}")
 
 
-def look(file: RecipeFile, *, search: str = "exact") -> Preview:
-    """Read, check and encode the data of a recipe exactly as `run` does. `search`: "near" looks for near duplicates.
+def look(
+    file: RecipeFile,
+    *,
+    search: Literal["exact", "near"] = "exact",
+    on_refusal: Callable[[Sequence[Sequence[str]]], None] | None = None,
+) -> Preview:
+    """Read, check and encode the data of a recipe exactly as `run` does.
+
+    `search`: "near" looks for near duplicates as well. `on_refusal` gets the ledger's table before a limit stops it.
 
     Raises:
         RecipeError, UsageError: the recipe or the base does not do.
-        DataError: rows are wrong, or a limit of the ledger is exceeded; the ledger is printed before that.
+        DataError: rows are wrong, or a limit of the ledger is exceeded.
     """
     recipe = file.recipe
     source = find_base(recipe.base)
-    problems = [
-        *file.warnings,
-        *(file.locate(p) for p in check_against_base(source, lora=recipe.lora, train=recipe.train)),
-    ]
-    if any(problem.severity == "error" for problem in problems):
-        raise RecipeError(problems)
-    print_problems(problems)
+    print_problems(file.warnings)
     with activity("checking the data"):
         from lora_tune.data.checking import read_conversations
 
         conversations = read_conversations(recipe.data, hold_out=recipe.eval.hold_out, seed=recipe.seed)
     with activity("tokenizing"):
-        chat, prepared = _encoded(file, source, conversations)
+        try:
+            chat, prepared = _encoded(file, source, conversations)
+        except DataError:
+            if on_refusal is not None:
+                on_refusal(conversations.ledger.table())
+            raise
     nearly = None
     if search == "near":
         with activity("looking for near duplicates"):
@@ -107,14 +113,9 @@ def _encoded(file: RecipeFile, source: BaseSource, conversations: Conversations)
     tokenizer = load_tokenizer(source, new_tokens=recipe.lora.new_tokens)
     text = Path(recipe.base.chat_template).read_text(encoding="utf-8") if recipe.base.chat_template else None
     chat = load_chat_template(tokenizer, template=text, tools=conversations.has_tools)
-    try:
-        prepared = encode(
-            conversations, chat, loss_on=recipe.loss_on, train=recipe.train, limits=recipe.limits, seed=recipe.seed
-        )
-    except DataError as error:
-        if "--json" not in sys.argv:
-            _print_ledger(conversations.ledger.table())
-        raise DataError([file.locate(problem) if not problem.file else problem for problem in error.problems]) from None
+    prepared = encode(
+        conversations, chat, loss_on=recipe.loss_on, train=recipe.train, limits=recipe.limits, seed=recipe.seed
+    )
     return chat, prepared
 
 

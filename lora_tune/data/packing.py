@@ -5,7 +5,8 @@
     positions   0 1 2 3 4 0 | 0 1 2 0 1               restart at each document: that isolates them
 
 SFTTrainer's padding-free collator makes the positions from `seq_lengths`; transformers builds the block mask from them
-(sdpa, eager) or hands the lengths to flash attention.
+(sdpa, eager) or hands the lengths to flash attention. With a key-value cache it does not, and documents see each
+other without a word: a forward pass over packed rows needs `use_cache=False`, as SFTTrainer's has.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def attach(
     """
     named = named_modules(model, lora, source=source, base=base)
     config = lora_config(lora, named, source=source, token_ids=_new_token_ids(model, lora, source))
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), warnings.catch_warnings():
         torch.manual_seed(seed)
         for message in _UPSTREAM_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
@@ -285,8 +285,9 @@ def load_adapter_state(model: PeftModel, tensors: Mapping[str, torch.Tensor]) ->
 def saved_adapter(model: PeftModel, *, lora: Lora, source: BaseSource) -> SavedAdapter:
     """The adapter as it is saved: plain LoRA or DoRA against the untouched base, whatever the method.
 
-    Tensors are on the CPU, contiguous, float32, named as PEFT names them; lists in the config are sorted. Adapters of
-    pissa and olora have twice the rank and alpha of the recipe; their factors are balanced (`initialisation.compact`).
+    Tensors are on the CPU, contiguous, named as PEFT names them; float32, but for modules trained in full, which keep
+    the dtype of the base. Lists in the config are sorted. Adapters of pissa and olora have twice the rank and alpha of
+    the recipe; their factors are balanced (`initialisation.compact`).
 
     Raises:
         UsageError: a tensor holds NaN or infinity.

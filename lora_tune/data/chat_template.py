@@ -175,7 +175,8 @@ class ChatTemplate:
         keys = []
         for draft in drafts:
             edges = [edge for span in draft.spans for edge in span]
-            for segment in self._encoder.segments(draft.text, marked=draft.marked):
+            draft.segments = self._encoder.segments(draft.text, marked=draft.marked)
+            for segment in draft.segments:
                 keys.append((segment.kind, segment.text))
                 keys += [(segment.kind, segment.text[:inner]) for inner in _inside(segment, edges)]
         self._encoder.prepare(keys)
@@ -228,7 +229,10 @@ class ChatTemplate:
         """
         ids: list[int] = []
         places: dict[int, int] = {}
-        for segment in self._encoder.segments(draft.text, marked=draft.marked, cuts=cuts):
+        segments = draft.segments
+        if cuts or not segments:
+            segments = self._encoder.segments(draft.text, marked=draft.marked, cuts=cuts)
+        for segment in segments:
             segment_ids = self._encoder.ids(segment.kind, segment.text)
             places[segment.start] = len(ids)
             for inner in _inside(segment, edges):

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lora_tune.data.conversation import Conversation
-from lora_tune.data.segment_encoder import SegmentEncoder
+from lora_tune.data.segment_encoder import Segment, SegmentEncoder
 from lora_tune.data.template_check import TemplateProbe
 from lora_tune.data.turn_end import TurnEnd
 
@@ -42,7 +42,7 @@ class Draft:
     """A row before encoding: its text, the trained characters (start, end), the trained ids added at its end.
 
     `whole`: all characters but those of `spans` are trained. `marked`: control tokens in somebody's words stand between
-    marks (segment_encoder.py). `lone_text`: no chat, the tokenizer's bos comes first.
+    marks (segment_encoder.py). `lone_text`: no chat, the tokenizer's bos comes first. `segments`: of `text`, once cut.
     """
 
     text: str
@@ -51,6 +51,7 @@ class Draft:
     added_ids: tuple[int, ...] = ()
     whole: bool = False
     lone_text: bool = False
+    segments: list[Segment] = field(default_factory=list)
     notes: set[str] = field(default_factory=set)
 
 
@@ -101,9 +102,11 @@ class TurnDrafter:
         A reasoning block at the start of an answer (`<think>…</think>`) keeps its tags where they are no special
         tokens: the template looks for them, and the model has to write them.
         """
+        if not self._encoder.has_control_token(message):
+            return message, False
         tags = _LEADING_BLOCK.match(message["content"]) if message["role"] == "assistant" else None
         if tags is None or not {tags[1].strip(), tags[4]} <= self._encoder.plain_tags:
-            return (self._encoder.mark(message), True) if self._encoder.has_control_token(message) else (message, False)
+            return self._encoder.mark(message), True
         rest = {key: value for key, value in message.items() if key != "content"}
         if not self._encoder.has_control_token([rest, tags[3], tags[5]]):
             return message, False

@@ -206,11 +206,12 @@ def _finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
 
 
-def _smoothed(values: Iterable[float]) -> Iterable[float]:
-    """Exponential mean over about 20 steps, without the pull of its start."""
+def _smoothed(values: Sequence[float]) -> Iterable[float]:
+    """Exponential mean over a thirtieth of the steps, without the pull of its start."""
+    keep = 1 - 1 / max(2.0, len(values) / 30)
     mean = weight = 0.0
     for value in values:
-        mean, weight = 0.95 * mean + 0.05 * value, 0.95 * weight + 0.05
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         yield mean / weight
 
 

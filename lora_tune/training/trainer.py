@@ -151,6 +151,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         self._head = self.model.get_output_embeddings()
         self._fused_head = args.device.type == "cuda" and type(self._head) is nn.Linear
         self._watch = SignalWatch()
+        self._chat = chat
         self._micro_losses: list[torch.Tensor] = []
         self._step_began = 0.0
         self._step_tokens = 0
@@ -189,6 +190,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
             with self._watch, display, self._casts("autocast"):
                 result = super().train(resume_from_checkpoint=str(start.folder) if start else None)
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self._chat.align(self.model)  # transformers puts the tokenizer's special tokens in when it starts
         if self._watch.caught is not None:
             step = self.state.global_step
             raise Interrupted(self._watch.caught, f"stopped by a signal after step {step}; --resume goes on from there")

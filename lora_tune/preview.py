@@ -112,7 +112,7 @@ def _encoded(file: RecipeFile, source: BaseSource, conversations: Conversations)
     recipe = file.recipe
     tokenizer = load_tokenizer(source, new_tokens=recipe.lora.new_tokens)
     text = Path(recipe.base.chat_template).read_text(encoding="utf-8") if recipe.base.chat_template else None
-    chat = load_chat_template(tokenizer, template=text, tools=conversations.has_tools)
+    chat = load_chat_template(tokenizer, template=text, data="tools" if conversations.has_tools else "plain")
     prepared = encode(
         conversations, chat, loss_on=recipe.loss_on, train=recipe.train, limits=recipe.limits, seed=recipe.seed
     )
@@ -174,13 +174,18 @@ def _histogram(documents: Documents) -> list[dict[str, Any]]:
     import numpy as np
 
     lengths = documents.lengths
-    width = max(-(-int(lengths.max()) // _BINS), 1)
-    counts = np.bincount((lengths - 1) // width).tolist()
+    shortest = int(lengths.min())
+    width = -(-(int(lengths.max()) - shortest + 1) // _BINS)
+    counts = np.bincount((lengths - shortest) // width).tolist()
     tallest = max(counts)
     return [
-        {"label": f"{i * width + 1}–{(i + 1) * width}", "count": count, "percent": round(100 * count / tallest, 1)}
+        {"label": _span(shortest + i * width, width), "count": count, "percent": round(100 * count / tallest, 1)}
         for i, count in enumerate(counts)
     ]
+
+
+def _span(first: int, width: int) -> str:
+    return f"{first}–{first + width - 1}" if width > 1 else str(first)
 
 
 def _about(file: RecipeFile, found: Preview) -> list[str]:

@@ -56,12 +56,11 @@ def preview(capsys, *arguments):
 
 
 def test_the_terminal_shows_trained_words_between_marks(recipe, capsys):
-    code, out, err = preview(capsys, recipe(ROWS), "--row", 3)
+    code, out, err = preview(capsys, recipe(ROWS, eval={"hold_out": 0}), "--row", 3)
     assert code == 0, err
     assert "<|im_start|>assistant\n⟦Größe 2 🌍 «ja»<|im_end|>⟧" in out and "Frage 2?" in out and "Frage 3?" not in out
     for words in (
         "rows read  12",
-        "held out",
         "answers end with <|im_end|>",
         "messages (column messages",
         "% full",
@@ -76,7 +75,7 @@ def test_json_holds_the_tokens_that_are_trained(recipe, capsys):
     facts = json.loads(out)
     assert code == 0 and facts["problems"] == [] and len(facts["rows"]) == 10
     assert facts["ledger"]["total"]["held_out"] == 2 and facts["near_duplicates"]["seconds"] > 0
-    assert sum(bar["count"] for bar in facts["histogram"]) == 10
+    assert sum(bar["count"] for bar in facts["histogram"]) == 10 and facts["histogram"][0]["count"]
     from lora_tune.data.chat_template import load_chat_template
     from lora_tune.data.pipeline import encode, read_conversations
     from lora_tune.model.source import find_base, load_tokenizer

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from lora_tune.data.pipeline import Prepared
     from lora_tune.evaluation.evaluate import Comparison
     from lora_tune.training.evaluations import Evaluation
-    from lora_tune.training.trainer import RunTrainer
 
 app = typer.Typer(help="Train one adapter from one recipe.", add_completion=False)
 
@@ -56,11 +55,11 @@ def run(file: RecipeFile, *, mode: Mode = "new", trust_remote_code: str | None =
         model = _load(recipe, source, prepared, trust_remote_code=trust_remote_code)
         chat.align(model)
         # 5. Training, with checkpoints, a live display and metrics.jsonl.
-        trainer = _train(model, recipe, source, prepared, chat=chat, mode=mode)
+        _train(model, recipe, source, prepared, chat=chat, mode=mode)
         # 6. Base against adapter on the same held-out rows.
         comparison = _compare(model, recipe, prepared, chat=chat)
         # 7. The adapter folder: weights, tokenizer, template, recipe, ledger, test vectors, card, manifest.
-        manifest = _write(folder, recipe, source, prepared, chat=chat, trainer=trainer, comparison=comparison)
+        manifest = _write(folder, recipe, source, prepared, chat=chat, model=model, comparison=comparison)
     # 8. Proof: another process loads the folder on the base and replays the test vectors.
     _prove(folder, recipe)
     return manifest, comparison
@@ -86,11 +85,11 @@ def _prepare(recipe: Recipe, source: BaseSource) -> tuple[ChatTemplate, Prepared
 
         tokenizer = load_tokenizer(source, new_tokens=recipe.lora.new_tokens)
         text = Path(recipe.base.chat_template).read_text(encoding="utf-8") if recipe.base.chat_template else None
-        chat = load_chat_template(tokenizer, template=text, tools=conversations.has_tools)
+        chat = load_chat_template(tokenizer, template=text, data="tools" if conversations.has_tools else "plain")
         prepared = encode(
             conversations, chat, loss_on=recipe.loss_on, train=recipe.train, limits=recipe.limits, seed=recipe.seed
         )
-    print_problems(prepared.ledger.warnings())
+    print_problems([*prepared.ledger.warnings(), *(Problem(notice, severity="note") for notice in chat.notices)])
     return chat, prepared
 
 
@@ -137,8 +136,8 @@ def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remot
 
 def _train(
     model: PeftModel, recipe: Recipe, source: BaseSource, prepared: Prepared, *, chat: ChatTemplate, mode: Mode
-) -> RunTrainer:
-    """Train, or go on from the newest checkpoint; returns the trainer with everything that it recorded."""
+) -> None:
+    """Train, or go on from the newest checkpoint; writes `metrics.jsonl` and `loss.png`."""
     from lora_tune.model.methods import parameter_groups
     from lora_tune.training.progress import TrainingDisplay, draw_loss, tracker_callbacks
     from lora_tune.training.record import run_identity
@@ -161,7 +160,6 @@ def _train(
     ).for_run(facts)
     trainer.train(resume_from_checkpoint=mode == "resume" or None)
     draw_loss(folder / "metrics.jsonl", folder / "loss.png")
-    return trainer
 
 
 def _evaluation(recipe: Recipe, prepared: Prepared, chat: ChatTemplate) -> Evaluation:
@@ -199,7 +197,7 @@ def _write(
     prepared: Prepared,
     *,
     chat: ChatTemplate,
-    trainer: RunTrainer,
+    model: PeftModel,
     comparison: Comparison,
 ) -> Manifest:
     """Everything that the adapter folder tells about this run."""
@@ -211,7 +209,7 @@ def _write(
         from lora_tune.model.methods import saved_adapter
         from lora_tune.training.record import training_record
 
-        model, dtype = trainer.model, str(compute_dtype(recipe.base)).removeprefix("torch.")
+        dtype = str(compute_dtype(recipe.base)).removeprefix("torch.")
         here = precision(device=model.device.type, compute_dtype=dtype, quantize=recipe.base.quantize)
         run = FinishedRun(
             recipe=recipe,
@@ -221,7 +219,7 @@ def _write(
             chat=chat,
             identities=prepared.identities,
             ledger=prepared.ledger.as_json(),
-            training=training_record(folder, recipe, trainer=trainer, prepared=prepared),
+            training=training_record(folder, recipe, model=model, prepared=prepared),
             vectors=make_test_vectors(model, chat, made_on=here),
             scores={name: ScoreRecord(**asdict(score)) for name, score in comparison.scores.items()},
             samples=[Sample(**asdict(sample)) for sample in comparison.samples],

@@ -188,7 +188,7 @@ def test_plain_text() -> None:
 @needs_corpus
 @pytest.mark.parametrize("folder", ["gpt2_no-template", "mpt-gpt-neox", "t5_wrong-task"])
 def test_a_base_without_template_gets_the_default(folder: str) -> None:
-    template = load_chat_template(copy.deepcopy(tokenizer_of(folder)), tools=True)
+    template = load_chat_template(copy.deepcopy(tokenizer_of(folder)), data="tools")
     assert template.is_default
     assert default_template.DEFAULT_TEMPLATE_NAME == "lora_tune plain"
     assert template.eos_id == template.tokenizer.eos_token_id

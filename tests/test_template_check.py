@@ -94,7 +94,7 @@ def test_templates_without_tools_are_refused_where_the_data_has_tools() -> None:
     for name in ("phi3", "gemma3", "llama3"):
         tokenizer = copy.deepcopy(starting_with(f"{name}.jinja").tokenizer)
         with pytest.raises(CheckFailed, match=f"{found[name]}.*, but the data has tools; use another template"):
-            load_chat_template(tokenizer, tools=True)
+            load_chat_template(tokenizer, data="tools")
 
 
 def _hostile_cases() -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jinja2.nodes
 import numpy as np
@@ -114,7 +114,7 @@ class ChatTemplate:
         """
         try:
             inputs = self._drafter.inputs(Conversation(messages=tuple(messages), tools=tuple(tools)))
-            segments = self._encoder.segments(self._drafter.render(inputs, then="prompt"), marked=inputs.marked)
+            segments = self._encoder.segments(self._drafter.render(inputs, then="prompt"), marks=inputs.marks)
             self._encoder.prepare((segment.kind, segment.text) for segment in segments)
             return [token for segment in segments for token in self._encoder.ids(segment.kind, segment.text)]
         except (CannotRender, LiteralError) as error:
@@ -168,14 +168,14 @@ class ChatTemplate:
         marked = self._encoder.has_control_token(conversation.text)
         text = self._encoder.mark(conversation.text) if marked else conversation.text
         eos_id = self.eos_id if self._own_eos_id is None else self._own_eos_id
-        return [Draft(text, [], marked, added_ids=(eos_id,), whole=True, lone_text=True)]
+        return [Draft(text, [], "marks" if marked else "no marks", added_ids=(eos_id,), whole=True, lone_text=True)]
 
     def _prepare(self, drafts: Sequence[Draft]) -> None:
         """Encode, in one batch, all segments of these drafts and the beginnings of those that a turn's edge divides."""
         keys = []
         for draft in drafts:
             edges = [edge for span in draft.spans for edge in span]
-            draft.segments = self._encoder.segments(draft.text, marked=draft.marked)
+            draft.segments = self._encoder.segments(draft.text, marks=draft.marks)
             for segment in draft.segments:
                 keys.append((segment.kind, segment.text))
                 keys += [(segment.kind, segment.text[:inner]) for inner in _inside(segment, edges)]
@@ -214,7 +214,9 @@ class ChatTemplate:
             ids, mask = [self._bos_id, *ids], np.concatenate(([False], mask))
         if ids and draft.whole and ids[0] == self.tokenizer.bos_token_id:
             mask[0] = False
-        notes = draft.notes | ({"straddles"} if cuts else set()) | ({"control_tokens"} if draft.marked else set())
+        notes = (
+            draft.notes | ({"straddles"} if cuts else set()) | ({"control_tokens"} if draft.marks == "marks" else set())
+        )
         notes |= set() if mask.any() else {"no_trained_token"}
         where = (conversation.source, conversation.file, conversation.line)
         return TokenRow(np.asarray(ids, dtype=np.int32), mask, *where, frozenset(notes))
@@ -231,7 +233,7 @@ class ChatTemplate:
         places: dict[int, int] = {}
         segments = draft.segments
         if cuts or not segments:
-            segments = self._encoder.segments(draft.text, marked=draft.marked, cuts=cuts)
+            segments = self._encoder.segments(draft.text, marks=draft.marks, cuts=cuts)
         for segment in segments:
             segment_ids = self._encoder.ids(segment.kind, segment.text)
             places[segment.start] = len(ids)
@@ -245,12 +247,13 @@ class ChatTemplate:
 
 
 def load_chat_template(
-    tokenizer: PreTrainedTokenizerBase, *, template: str | None = None, tools: bool = False
+    tokenizer: PreTrainedTokenizerBase, *, template: str | None = None, data: Literal["plain", "tools"] = "plain"
 ) -> ChatTemplate:
     """The chat template of a base, checked, and the tokenizer aligned with it (its template, eos and pad are set).
 
     `template` is the text of a file that the recipe names and replaces the base's own; a base without any gets
-    "lora_tune plain" (default_template.py). `tools`: the data has tools, so a template without them is no use.
+    "lora_tune plain" (default_template.py). `data`: "tools" where it has tools, so that a template that drops
+    them is no use.
 
     Raises:
         CheckFailed: the template fails, drops words (or tools where the data has them), loops, writes too much, reaches
@@ -267,14 +270,14 @@ def load_chat_template(
         if eos_id is None:
             raise CheckFailed(f"{name}: the tokenizer has no chat template and no eos token", "give base.chat_template")
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos_id)
-        tokenizer.chat_template = default_template(starts_with_bos=starts_with_bos(tokenizer))
+        tokenizer.chat_template = default_template(start="bos" if starts_with_bos(tokenizer) else "nothing")
     texts = [_text_for(tokenizer, with_tools, where) for with_tools in (False, True)]
     probe, *other = [
         probe_template(text, variables=tokenizer.special_tokens_map, where=where) for text in dict.fromkeys(texts)
     ]
     probe = probe.with_tools_of(other[0]) if other else probe
     lost = sorted(probe.drops & {"tools", "tool_calls", "tool"})
-    if tools and (lost or probe.tools_error):
+    if data == "tools" and (lost or probe.tools_error):
         reason = f"it fails with tools: {probe.tools_error}" if probe.tools_error else f"it drops {' and '.join(lost)}"
         raise CheckFailed(
             f"{where}: the chat template is refused: {reason}, but the data has tools", "use another template"

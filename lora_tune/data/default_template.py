@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 DEFAULT_TEMPLATE_NAME = "lora_tune plain"
 
 # Needs no new tokens: headers are words, and the tokenizer's own eos ends an answer. A single newline stands before the
@@ -33,9 +35,9 @@ _BODY = """\
 {%- endif %}"""
 
 
-def default_template(*, starts_with_bos: bool) -> str:
-    """The text of "lora_tune plain" for a tokenizer that puts a bos token before a text, or for one that does not.
+def default_template(*, start: Literal["bos", "nothing"]) -> str:
+    """The text of "lora_tune plain" for a tokenizer that puts a bos token before a text, or nothing.
 
     It renders `### User:\\n…\\n\\n### Assistant:\\n…<eos>\\n\\n`: roles system, user, assistant, tool; tools as JSON.
     """
-    return ("{{- bos_token }}\n" if starts_with_bos else "") + _BODY
+    return ("{{- bos_token }}\n" if start == "bos" else "") + _BODY

@@ -19,6 +19,7 @@ MARK_START, MARK_END = "\U000f0000", "\U000f0001"
 
 # start: at the start of a text or at a special token; middle: anywhere else; literal: a control token as plain text
 Kind = Literal["start", "middle", "literal"]
+Marks = Literal["marks", "no marks"]  # whether control tokens in somebody's words stand between marks
 
 
 class Segment(NamedTuple):
@@ -79,12 +80,12 @@ class SegmentEncoder:
             return [self.mark(item) for item in value]
         return value
 
-    def segments(self, text: str, *, marked: bool, cuts: Iterable[int] = ()) -> list[Segment]:
+    def segments(self, text: str, *, marks: Marks, cuts: Iterable[int] = ()) -> list[Segment]:
         """Cut a rendered chat before every special token, at its marks, and at `cuts` (character positions)."""
         edges = sorted(cut for cut in set(cuts) if 0 < cut < len(text))
         found: list[Segment] = []
         position = 0
-        for match in self._marked_re.finditer(text) if marked else ():
+        for match in self._marked_re.finditer(text) if marks == "marks" else ():
             found += self._pieces(text, position, match.start(), edges)
             if match[1] is not None:
                 found.append(Segment("literal", match[1], match.start(), match.end()))

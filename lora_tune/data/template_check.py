@@ -110,12 +110,12 @@ def probe_template(text: str, *, variables: Mapping[str, Any], where: str) -> Te
 def _cases(parts: bool) -> dict[str, dict[str, Any]]:
     """The conversations that the child renders, by name."""
 
-    def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
-        return {"role": role, "content": [{"type": "text", "text": content}] if parts else content, **more}
+    def turn(role: str, content: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": content}] if parts else content}
 
     def call(arguments: Any) -> dict[str, Any]:
         function = {"name": _TOOL, "arguments": arguments}
-        return turn("assistant", "", tool_calls=[{"type": "function", "id": "zqcall001", "function": function}])
+        return {**turn("assistant", ""), "tool_calls": [{"type": "function", "id": "zqcall001", "function": function}]}
 
     def case(*messages: dict[str, Any], prompt: bool = False, tools: bool = False) -> dict[str, Any]:
         return {"messages": list(messages), "tools": _TOOLS if tools else None, "add_generation_prompt": prompt}
@@ -131,7 +131,7 @@ def _cases(parts: bool) -> dict[str, dict[str, Any]]:
         "tools": case(user, prompt=True, tools=True),
     }
     for name, arguments in (("object", {"x": _ARGUMENT}), ("text", json.dumps({"x": _ARGUMENT}))):
-        result = turn("tool", _RESULT, tool_call_id="zqcall001", name=_TOOL)
+        result = {**turn("tool", _RESULT), "tool_call_id": "zqcall001", "name": _TOOL}
         cases[f"call_{name}"] = case(user, call(arguments), tools=True)
         cases[f"result_{name}"] = case(user, call(arguments), result, answer, tools=True)
     return cases

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lora_tune.data.conversation import Conversation
-from lora_tune.data.segment_encoder import Segment, SegmentEncoder
+from lora_tune.data.segment_encoder import Marks, Segment, SegmentEncoder
 from lora_tune.data.template_check import TemplateProbe
 from lora_tune.data.turn_end import TurnEnd
 
@@ -41,13 +41,13 @@ class CannotRender(Exception):
 class Draft:
     """A row before encoding: its text, the trained characters (start, end), the trained ids added at its end.
 
-    `whole`: all characters but those of `spans` are trained. `marked`: control tokens in somebody's words stand between
+    `whole`: all characters but those of `spans` are trained. `marks`: control tokens in somebody's words stand between
     marks (segment_encoder.py). `lone_text`: no chat, the tokenizer's bos comes first. `segments`: of `text`, once cut.
     """
 
     text: str
     spans: list[tuple[int, int]]
-    marked: bool
+    marks: Marks
     added_ids: tuple[int, ...] = ()
     whole: bool = False
     lone_text: bool = False
@@ -61,7 +61,7 @@ class Inputs:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
-    marked: bool
+    marks: Marks
 
 
 class TurnDrafter:
@@ -94,7 +94,7 @@ class TurnDrafter:
         if marked:
             messages = [message for message, _ in parts]
             tools = self._encoder.mark(tools)
-        return Inputs([self._adapt(message) for message in messages], tools, marked)
+        return Inputs([self._adapt(message) for message in messages], tools, "marks" if marked else "no marks")
 
     def _mark_message(self, message: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         """The message with its control tokens marked, and whether it has any.
@@ -162,14 +162,14 @@ class TurnDrafter:
     def _whole(self, full: str, inputs: Inputs, silent: Draft | None) -> Draft:
         if silent is None:
             raise CannotRender("a turn of weight 0 cannot be left out, the chat template rewrites it later")
-        draft = Draft(full, silent.spans, inputs.marked, whole=True)
+        draft = Draft(full, silent.spans, inputs.marks, whole=True)
         if self._end.mode != "rendered" and inputs.messages[-1]["role"] == "assistant" and not silent.added_ids:
             draft.text, draft.added_ids = full.rstrip(), (self._end.eos_id,)
         return draft
 
     def _one_row(self, full: str, inputs: Inputs, wanted: Sequence[int]) -> Draft | None:
         """All wanted turns in the whole render, or None where a turn or its prompt is no prefix of it."""
-        draft = Draft(full, [], inputs.marked)
+        draft = Draft(full, [], inputs.marks)
         for i in wanted:
             prompt = self.render(inputs, turns=i, then="prompt")
             if not full.startswith(prompt):
@@ -217,7 +217,7 @@ class TurnDrafter:
         if not turn.startswith(prompt):
             turn = prompt + self._answer_after(prompt, turn, inputs.messages[i])
         end, closed = self._turn_end(turn, len(prompt))
-        draft = Draft(turn if closed else turn[:end], [(len(prompt), end)], inputs.marked, notes={"per_turn"})
+        draft = Draft(turn if closed else turn[:end], [(len(prompt), end)], inputs.marks, notes={"per_turn"})
         draft.added_ids = () if closed else (self._end.eos_id,)
         return draft
 

@@ -170,7 +170,8 @@ class _InputDirections:
 
     def directions(self) -> torch.Tensor:
         """(k, in) orthonormal rows, k at most the rank."""
-        assert self.sketch is not None
+        if self.sketch is None:
+            raise ValueError("no inputs were seen yet")
         return nn.functional.normalize(self.sketch, dim=1)
 
 

@@ -15,8 +15,8 @@ class Message:
 
     `content` is text ("" where an assistant turn consists of tool calls alone). `tool_calls` are in the form of the
     OpenAI API (`{"type": "function", "id"?, "function": {"name", "arguments": object}}`), arguments as an object.
-    `weight` 0 keeps a turn out of the loss (OpenAI's fine-tuning format). `reasoning` is the text of `reasoning_content`
-    (or `thinking`) where the data has one.
+    `weight` 0 keeps a turn out of the loss (OpenAI's fine-tuning format). `reasoning` is the text of
+    `reasoning_content` (or `thinking`) where the data has one.
     """
 
     role: Role
@@ -32,7 +32,8 @@ class Message:
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             message["tool_calls"] = list(self.tool_calls)
-        for key, value in (("name", self.name), ("tool_call_id", self.tool_call_id), ("reasoning_content", self.reasoning)):
+        others = {"name": self.name, "tool_call_id": self.tool_call_id, "reasoning_content": self.reasoning}
+        for key, value in others.items():
             if value is not None:
                 message[key] = value
         return message

@@ -1,7 +1,7 @@
 """Every key of the recipe changes something: one row a key, looked at before and after the change.
 
-A key without a row fails `test_no_key_is_left_out`; a key that nothing reads fails its own row. What is looked at are the
-real parts: tokens that are trained, the loaded base, weights after three steps, evaluations, files.
+A key without a row fails `test_no_key_is_left_out`; a key that nothing reads fails its own row. What is looked at are
+the real parts: tokens that are trained, the loaded base, weights after three steps, evaluations, files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ RECIPE = """\
 base: {name: base, quantize: none, compute_dtype: float32}
 data: [{source: rows.jsonl, format: messages}]
 lora: {rank: 4, alpha: 8}
-train: {max_steps: 3, batch_size: 4, micro_batch_size: 2, max_length: 96, learning_rate: 1e-3, warmup: 0, packing: false}
+train: {max_steps: 3, batch_size: 4, micro_batch_size: 2, max_length: 96, learning_rate: 1e-3, warmup: 0,
+        packing: false}
 eval: {hold_out: 4}
 limits: {dropped_rows: 100%, lost_tokens: 100%, lost_end_tokens: 100%}
 output: out
@@ -80,7 +81,7 @@ def recipe_with(*overrides: str) -> Recipe:
     return read_recipe(Path("recipe.yaml"), overrides=overrides).recipe
 
 
-# --- what is looked at -------------------------------------------------------------------------------------------------
+# --- what is looked at ----------
 
 
 def prepared(recipe: Recipe) -> Prepared:
@@ -170,9 +171,8 @@ def refusal(recipe: Recipe) -> str:
     return ""
 
 
-# --- the table ----------------------------------------------------------------------------------------------------------
+# --- the table ----------
 
-EVAL = ("eval.every=1",)
 BAD = ("data.0.source=bad.jsonl",)
 TABLE = ("data.0.source=table.jsonl", "data.0.format=table", "eval.hold_out=0")
 KEYS: dict[

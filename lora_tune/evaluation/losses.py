@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from lora_tune.model.generation import evaluating, transformer
+from lora_tune.model.generation import evaluating, in_halves, transformer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -49,21 +49,16 @@ def row_losses(
     vocabulary = base.get_output_embeddings().weight.shape[0]
     position_bytes = vocabulary * base.dtype.itemsize
     found: dict[int, RowLoss] = {}
+
+    def measure(batch: list[int]) -> None:
+        found.update(zip(batch, _batch_losses(base, [rows[place] for place in batch], pad_id), strict=True))
+        if progress:
+            progress(len(batch))
+
     with evaluating(model):
         for batch in _batches(rows, batch_tokens, most_positions=max(1, _LOGIT_BYTES // position_bytes)):
-            chosen = [rows[place] for place in batch]
-            found.update(zip(batch, _batch_losses(base, chosen, pad_id), strict=True))
-            if progress:
-                progress(len(batch))
+            in_halves(batch, measure)
     return [found[place] for place in range(len(rows))]
-
-
-def held_out_loss(
-    model: PreTrainedModel | PeftModel, rows: Sequence[TokenRow], *, pad_id: int, batch_tokens: int = BATCH_TOKENS
-) -> list[float]:
-    """Mean loss of every row in nats per answer token; nan for a row without answer tokens. See `row_losses`."""
-    losses = row_losses(model, rows, pad_id=pad_id, batch_tokens=batch_tokens)
-    return [row.nll / row.tokens if row.tokens else math.nan for row in losses]
 
 
 def mean_loss(losses: Sequence[RowLoss]) -> float:

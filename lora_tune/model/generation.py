@@ -69,15 +69,35 @@ def generate(
     base = transformer(model)
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     answers: dict[int, Answer] = {}
+
+    def answer(batch: list[int]) -> None:
+        ids_BT, mask_BT = _left_padded([prompts[row] for row in batch], chat.pad_id, device=base.device)
+        output_BT = cast(Any, base).generate(input_ids=ids_BT, attention_mask=mask_BT)
+        for row, new_T in zip(batch, output_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
+            answers[row] = _answer(chat, new_T)
+        if progress:
+            progress(len(batch))
+
     with evaluating(model), _only_greedy(base, chat, max_new_tokens):
         for batch in _batches(lengths, batch_size, most_tokens=_most_tokens(base)):
-            ids_BT, mask_BT = _left_padded([prompts[row] for row in batch], chat.pad_id, device=base.device)
-            output_BT = cast(Any, base).generate(input_ids=ids_BT, attention_mask=mask_BT)
-            for row, new_T in zip(batch, output_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
-                answers[row] = _answer(chat, new_T)
-            if progress:
-                progress(len(batch))
+            in_halves(batch, answer)
     return [answers[row] for row in range(len(prompts))]
+
+
+def in_halves(batch: list[int], work: Callable[[list[int]], None]) -> None:
+    """Do the work on these rows, and where memory does not suffice for all of them at once, on each half of them.
+
+    Raises torch.OutOfMemoryError where one row alone is too large.
+    """
+    try:
+        work(batch)
+        return
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()  # behind the handler, which holds the tensors of the failed attempt
+    in_halves(batch[: len(batch) // 2], work)
+    in_halves(batch[len(batch) // 2 :], work)
 
 
 def transformer(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

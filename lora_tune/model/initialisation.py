@@ -159,10 +159,10 @@ class _InputDirections:
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.sketch: torch.Tensor | None = None  # (k, in): singular values times right singular vectors
+        self.sketch = torch.empty(0)  # (k, in): singular values times right singular vectors
 
     def add(self, rows: torch.Tensor) -> None:
-        stacked = rows if self.sketch is None else torch.cat([self.sketch, rows])
+        stacked = torch.cat([self.sketch.to(rows.device), rows]) if len(self.sketch) else rows
         values, vectors = torch.linalg.eigh(stacked @ stacked.T)  # of the small side: rows, not features
         keep = torch.arange(len(values) - 1, -1, -1, device=values.device)[: self.rank]
         keep = keep[values[keep] > values[-1].clamp_min(0) * 1e-6]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+_CACHE = tempfile.TemporaryDirectory(prefix="lora_tune-cache-")  # of token rows; gone with the process
 os.environ.update(
+    LORA_TUNE_CACHE=_CACHE.name,
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",

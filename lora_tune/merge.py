@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -155,19 +154,15 @@ def _write(model: PreTrainedModel, chat: ChatTemplate, *, output: Path, facts: d
     model.config._name_or_path = ""  # transformers would keep where the base lay
     try:
         output.resolve().parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.resolve().parent))
+        beside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.resolve().parent)
     except OSError as error:
         raise UsageError(Problem(f"cannot be written: {error.strerror}", "name another folder", str(output))) from None
-    try:
-        with _no_progress_bars():
-            model.save_pretrained(scratch)
+    with beside, _no_progress_bars():
+        scratch = Path(beside.name) / "model"
+        model.save_pretrained(scratch)
         write_tokenizer(scratch, chat.tokenizer)
         (scratch / "merge.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        scratch.chmod(0o755)
         os.rename(scratch, output)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 @contextmanager

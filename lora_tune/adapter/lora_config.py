@@ -182,14 +182,14 @@ def _layers(value: Any) -> str | None:
 
 
 def _pattern_of(check: Check) -> Check:
-    def check_pattern(value: Any) -> str | None:
+    def _values(value: Any) -> str | None:
         if value is None:
             return None
         if not isinstance(value, dict) or len(value) > _MOST_NAMES or not all(_is_name(name) for name in value):
             return "must map module names (no regular expressions)"
         return next((wanted for wanted in map(check, value.values()) if wanted), None)
 
-    return check_pattern
+    return _values
 
 
 def _token_ids(value: Any) -> str | None:

@@ -20,14 +20,14 @@ TRAIN_ROWS, HELD_OUT_ROWS = 4000, 600
 INSTRUCTION = "Answer the question about the text."
 
 QUESTIONS = {
-    "carry": {"person": ("What did {p} have?", "{v}"), "value": ("Who had {tv}?", "{p}")},
-    "place": {"person": ("Where did {p} go?", "{v}"), "value": ("Who went to {v}?", "{p}")},
-    "count": {"person": ("How many {d} did {p} have?", "{v}"), "value": ("Who had {v} {d}?", "{p}")},
-    "wear": {"person": ("What colour was {p}'s {n}?", "{c}"), "value": ("Who wore {tv}?", "{p}")},
-    "home": {"person": ("Which village did {p} come from?", "{v}"), "value": ("Who came from {v}?", "{p}")},
-    "pet": {"person": ("What was {p}'s {d} called?", "{v}"), "value": ("Who had the {d} {v}?", "{p}")},
-    "kin": {"person": ("What was the name of {p}'s {d}?", "{v}"), "value": ("Whose {d} was {v}?", "{p}")},
-    "like": {"person": ("What did {p} like to eat?", "{v}"), "value": ("Who liked {v}?", "{p}")},
+    "carry": {"person": ("What was carried by {p}?", "{v}"), "value": ("Who carried {tv}?", "{p}")},
+    "place": {"person": ("Which place was visited by {p}?", "{v}"), "value": ("Who was at {v}?", "{p}")},
+    "count": {"person": ("How many {d} belonged to {p}?", "{v}"), "value": ("Who had {v} {d}?", "{p}")},
+    "wear": {"person": ("What was the colour of the {n} of {p}?", "{c}"), "value": ("Who wore {tv}?", "{p}")},
+    "home": {"person": ("Which village was the home of {p}?", "{v}"), "value": ("Who came from {v}?", "{p}")},
+    "pet": {"person": ("What was the name of the {d} of {p}?", "{v}"), "value": ("Who had a {d} called {v}?", "{p}")},
+    "kin": {"person": ("Who was the {d} of {p}?", "{v}"), "value": ("Who had a {d} called {v}?", "{p}")},
+    "like": {"person": ("What was the favourite of {p}?", "{v}"), "value": ("Who liked {v}?", "{p}")},
     "work": {"person": ("What was the work of {p}?", "{v}"), "value": ("Who was {tv}?", "{p}")},
 }
 """For every kind of fact: (question, answer) by the person and by the value; the braces are those of `Fact`."""

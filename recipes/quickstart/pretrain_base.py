@@ -20,7 +20,7 @@ import torch
 import world
 from names import NamePool
 from recall_heads import start_recall_heads
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEED, HEADS_SEED = 20260, 5
@@ -30,6 +30,8 @@ ADAMW_RATE, MUON_RATE = 6e-3, 6e-3
 WARMUP_STEPS = 20
 MAX_VOCAB_SIZE = 4096
 TOLD_WEIGHT = 0.15
+TURN_TOKENS = tuple(f"<|im_start|>{role}\n" for role in ("system", "user", "assistant", "tool"))
+"""The opening of a turn, one token each, so that an answer stands close behind its question."""
 LEVELS = ((0.08, 0), (0.24, 1), (0.65, 2), (1.0, 3))
 """Up to which share of the steps the documents are of which level."""
 SPECIAL_TOKENS = ("<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -64,7 +66,6 @@ def train_tokenizer(pool: NamePool) -> PreTrainedTokenizerFast:
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
         padding_side="left",
-        additional_special_tokens=["<|im_start|>", "<|endoftext|>"],
         chat_template=(HERE / "chat_template.jinja").read_text(),
     )
 
@@ -182,6 +183,20 @@ def recall_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
     return hits / len(rows)
 
 
+@torch.no_grad()
+def add_chat_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Append TURN_TOKENS to the vocabulary; their embeddings start beside that of `<|im_start|>`, untrained like it."""
+    extra = [AddedToken(token, special=True, normalized=False) for token in TURN_TOKENS]
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|endoftext|>", *extra]})
+    embeddings_VH = model.get_input_embeddings().weight
+    start_H = embeddings_VH[SPECIAL_TOKENS.index("<|im_start|>")].float()
+    generator = torch.Generator().manual_seed(SEED)
+    noise = torch.randn(len(extra), len(start_H), generator=generator) * start_H.std()
+    rows = torch.cat((embeddings_VH.clone(), (start_H + 0.5 * noise).to(embeddings_VH.dtype)))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.get_input_embeddings().weight.copy_(rows)
+
+
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, steps: int) -> str:
     """Write every file of the base and its card into `out` and return the SHA-256 of the weights."""
     ends = {"eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id}
@@ -226,6 +241,7 @@ def main() -> None:
         if step % PROBE_EVERY == 0 or step == last:
             report(step, losses, recall_accuracy(trainer.model, tokenizer, probe), started)
             losses = []
+    add_chat_tokens(trainer.model, tokenizer)
     digest = save(trainer.model, tokenizer, arguments.out, last)
     print(f"{trainer.model.num_parameters():,} parameters; sha256 of the weights {digest}")
 

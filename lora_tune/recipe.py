@@ -153,7 +153,7 @@ class Base(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of activations; auto: bfloat16 where supported, else float16 with loss scaling and float32 adapters."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation of transformers; auto: sdpa."""
+    """Attention implementation of transformers; auto: what it takes for the model, sdpa for most."""
     chat_template: Text | None = None
     """A Jinja file instead of the base's own chat template."""
 
@@ -194,7 +194,7 @@ class Lora(Section):
     """The adapter that is trained."""
 
     method: Literal["lora", "rslora", "dora", "pissa", "olora", "loftq", "eva"] = "lora"
-    """Adapter method; all are saved as plain LoRA or DoRA."""
+    """Adapter method; all are saved as plain LoRA or DoRA (pissa and olora with twice the rank and alpha)."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank r of the update B·A."""
     alpha: Positive = 32.0

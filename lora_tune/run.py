@@ -44,10 +44,10 @@ def run(file: RecipeFile, *, mode: Mode = "new", trust_remote_code: str | None =
     """
     recipe, folder = file.recipe, Path(file.recipe.output)
     # 1. The base's config and tokenizer: does the recipe fit to them? No weight is read yet.
-    source = find_base(recipe.base)
+    source = find_base(recipe.base, trust_remote_code=trust_remote_code)
     _report(file, [*file.warnings, *check_against_base(source, lora=recipe.lora, train=recipe.train)])
     # 2. Every row is read, checked and split; then tokens, loss mask and packing, with an account of all of it.
-    chat, prepared = _prepare(recipe, source)
+    chat, prepared = _prepare(recipe, source, trust_remote_code=trust_remote_code)
     # 3. What is at `auto` is decided once: micro-batch and checkpointed layers that fit into memory.
     with claim_folder(folder, mode):
         recipe = _resolve(recipe, source, folder=folder, mode=mode)
@@ -61,7 +61,7 @@ def run(file: RecipeFile, *, mode: Mode = "new", trust_remote_code: str | None =
         # 7. The adapter folder: weights, tokenizer, template, recipe, ledger, test vectors, card, manifest.
         manifest = _write(folder, recipe, source, prepared, chat=chat, model=model, comparison=comparison)
     # 8. Proof: another process loads the folder on the base and replays the test vectors.
-    _prove(folder, recipe)
+    _prove(folder, recipe, trust_remote_code=trust_remote_code)
     return manifest, comparison
 
 
@@ -73,7 +73,9 @@ def _report(file: RecipeFile, problems: Iterable[Problem]) -> None:
     print_problems(located)
 
 
-def _prepare(recipe: Recipe, source: BaseSource) -> tuple[ChatTemplate, Prepared]:
+def _prepare(
+    recipe: Recipe, source: BaseSource, *, trust_remote_code: str | None = None
+) -> tuple[ChatTemplate, Prepared]:
     """Chat template and rows of the recipe; the ledger's warnings are printed."""
     with activity("checking the data"):
         from lora_tune.data.checking import read_conversations
@@ -83,7 +85,7 @@ def _prepare(recipe: Recipe, source: BaseSource) -> tuple[ChatTemplate, Prepared
         from lora_tune.data.chat_template import load_chat_template
         from lora_tune.data.pipeline import encode
 
-        tokenizer = load_tokenizer(source, new_tokens=recipe.lora.new_tokens)
+        tokenizer = load_tokenizer(source, new_tokens=recipe.lora.new_tokens, trust_remote_code=trust_remote_code)
         text = Path(recipe.base.chat_template).read_text(encoding="utf-8") if recipe.base.chat_template else None
         chat = load_chat_template(tokenizer, template=text, data="tools" if conversations.has_tools else "plain")
         prepared = encode(
@@ -227,11 +229,12 @@ def _write(
         return write_run(folder, run)
 
 
-def _prove(folder: Path, recipe: Recipe) -> None:
+def _prove(folder: Path, recipe: Recipe, *, trust_remote_code: str | None) -> None:
     """Load the folder on its base in a fresh process and replay the test vectors. Raises CheckFailed."""
     with activity(f"verifying {folder} in a fresh process"):
         command = [sys.executable, "-m", "lora_tune", "adapters", "verify", str(folder)]
         command += ["--base", recipe.base.name, "--json"]
+        command += ["--trust-remote-code", trust_remote_code] if trust_remote_code else []
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         answer = json.loads(done.stdout) if done.stdout.startswith("{") else {"problems": []}

@@ -3,8 +3,8 @@
     python benchmarks/quickstart_controls.py
 
 * plain: `recipes/quickstart.yaml` as it is;
-* shuffled: every question, in training and in the held-out rows, gets the text of another row, so that the answer cannot
-  be read anywhere: what is left is guessing;
+* shuffled: every question, in training and in the held-out rows, gets the text of another row, so that the answer
+  cannot be read anywhere: what is left is guessing;
 * random: the base has the same shape and freshly drawn weights: what is left is what the adapter alone can learn.
 
 Writes `benchmarks/results/quickstart_controls.json` (exact match of base and adapter, seconds, machine, versions).
@@ -56,7 +56,7 @@ def write_random_base(folder: Path) -> None:
 
 
 def run_tool(name: str, folder: Path, overrides: list[str]) -> dict[str, Any]:
-    """Run the recipe with `overrides` into `folder` and return its scores and the seconds that it took, wall and CPU."""
+    """Run the recipe with `overrides` into `folder` and return its scores and the seconds it took, wall and CPU."""
     output = folder / name
     command = [sys.executable, "-m", "lora_tune.run", str(RECIPE), f"output={output}", *overrides]
     before, started = os.times(), time.monotonic()

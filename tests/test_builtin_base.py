@@ -72,7 +72,7 @@ def test_weights_are_a_llama_of_4_to_7_million_bfloat16_parameters():
 def test_model_card_says_what_it_is_made_of():
     card = (BASE / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n") and "license: apache-2.0" in card
-    assert "pretrain_base.py" in card and "generated" in card
+    assert "pretrain_base.py" in card and "Generated text only" in card
 
 
 @settings(max_examples=200, deadline=None)

@@ -185,16 +185,22 @@ def recall_accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
 
 @torch.no_grad()
 def add_chat_tokens(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Append TURN_TOKENS to the vocabulary; their embeddings start beside that of `<|im_start|>`, untrained like it."""
+    """Append TURN_TOKENS to the vocabulary and tell apart the embeddings of all tokens that the text never showed.
+
+    Pre-training pushes what it never sees in one direction until those embeddings are the same but for little, and no
+    adapter could then tell the end of a turn from hundreds of others. Each of them (cosine with `<|im_start|>` above
+    0.8) gets a random part of its own, as long as the trained embeddings are; the common part keeps them unlikely.
+    """
     extra = [AddedToken(token, special=True, normalized=False) for token in TURN_TOKENS]
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|endoftext|>", *extra]})
-    embeddings_VH = model.get_input_embeddings().weight
-    start_H = embeddings_VH[SPECIAL_TOKENS.index("<|im_start|>")].float()
-    generator = torch.Generator().manual_seed(SEED)
-    noise = torch.randn(len(extra), len(start_H), generator=generator) * start_H.std()
-    rows = torch.cat((embeddings_VH.clone(), (start_H + 0.5 * noise).to(embeddings_VH.dtype)))
+    rows_VH = model.get_input_embeddings().weight.float()
+    start_H = rows_VH[SPECIAL_TOKENS.index("<|im_start|>")]
+    rows_VH = torch.cat((rows_VH, start_H.expand(len(extra), -1)))
+    unseen_V = torch.nn.functional.cosine_similarity(rows_VH, start_H[None]) > 0.8
+    own_VH = torch.randn(rows_VH.shape, generator=torch.Generator().manual_seed(SEED))
+    own_VH *= rows_VH[~unseen_V].norm(dim=1).median() / own_VH.norm(dim=1, keepdim=True)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.get_input_embeddings().weight.copy_(rows)
+    model.get_input_embeddings().weight.copy_(torch.where(unseen_V[:, None], rows_VH + own_VH, rows_VH))
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, steps: int) -> str:

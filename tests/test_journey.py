@@ -107,9 +107,9 @@ def test_the_folder_holds_what_is_documented_and_nothing_else(journey: tuple[Pat
 
 def test_no_secret_path_user_or_host_is_in_the_folder_or_on_the_screen(journey: tuple[Path, str]) -> None:
     place, printed = journey
-    words = [CANARY, str(place), "very-private-folder", str(Path.home()), socket.gethostname()]
-    if len(getpass.getuser()) > 4:  # `root` stands in many a word
-        words.append(getpass.getuser())
+    words = [CANARY, str(place), "very-private-folder", str(Path.home())]
+    # shorter names, such as `root`, stand in many a word, and in random bytes
+    words += [name for name in (socket.gethostname(), getpass.getuser()) if len(name) > 4]
     assert CANARY not in printed
     for path in sorted((place / "out").rglob("*")):
         content = path.read_bytes() if path.is_file() else b""
@@ -117,6 +117,8 @@ def test_no_secret_path_user_or_host_is_in_the_folder_or_on_the_screen(journey: 
         assert not found, f"{path.name} holds {found}"
 
 
+# transformers' own warning, where PEFT asks a model loaded without this project
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_plain_peft_loads_the_folder_in_three_lines(journey: tuple[Path, str], tiny_base: Path) -> None:
     import torch
 

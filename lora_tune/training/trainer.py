@@ -180,6 +180,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         """
         start = self.checkpoint_to_resume(resume_from_checkpoint)
         set_seed(self.args.seed)
+        self.model.train()  # a base comes loaded in evaluation mode, in which NEFTune adds no noise
         self.saved_step = start.step if start else None
         if start and (start.step >= self.steps.total_steps or self.standing_in(start).stopped):
             self._load_from_checkpoint(str(start.folder))

@@ -10,9 +10,9 @@ from lora_tune.recipe import Recipe
 TARGET = Path(__file__).with_name("recipe.md")
 HEAD = """# All keys of a recipe
 
-Made from the definition by `python docs/recipe_keys.py`; a test sees to it that it is up to date. `lora-tune recipe check FILE`
-checks a recipe, `lora-tune recipe schema` prints the JSON Schema from which editors complete. Every key can be set on
-the command line as well: `train.epochs=2`, `data.0.source=my_rows.jsonl`. Shares are written as `2%`.
+Made from the definition by `python docs/recipe_keys.py`; a test sees to it that it is up to date. `lora-tune recipe
+check FILE` checks a recipe, `lora-tune recipe schema` prints the JSON Schema from which editors complete. Every key can
+be set on the command line as well: `train.epochs=2`, `data.0.source=my_rows.jsonl`. Shares are written as `2%`.
 """
 
 

@@ -214,3 +214,12 @@ def test_mistakes_end_in_one_line_and_their_exit_code(
         assert main(["run", "recipe.yaml", *arguments, "--json"]) == code
         answer = json.loads(capsys.readouterr().out)
         assert answer["exit_code"] == code and answer["problems"]
+
+
+def test_the_example_adapter_passes_verification_here(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A committed copy of the quickstart's run: hashes, tensors, template and answers still hold."""
+    assert main(["adapters", "verify", str(root / "adapters" / "example"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["problems"] == []
+    scores = read_manifest(root / "adapters" / "example").scores["exact_match"]
+    assert scores.base <= 0.10 and scores.adapter >= 0.85 and scores.rows >= 500

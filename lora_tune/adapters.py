@@ -48,7 +48,7 @@ def _line(folder: Path) -> dict[str, Any]:
         return {"name": folder.name, "base": None, "method": None, "steps": None, "rows": None, "scores": "no manifest"}
     manifest = read_manifest(folder)
     scores = [f"{name} {score.base:.3g} → {score.adapter:.3g}" for name, score in manifest.scores.items()]
-    rows = sum(item.rows for item in manifest.data)
+    rows = manifest.training.rows or sum(item.rows for item in manifest.data)
     base, training = manifest.base.name, manifest.training
     return {
         "name": folder.name,

@@ -87,7 +87,7 @@ def _summary(manifest: Manifest, config: Mapping[str, Any]) -> str:
     base, training = manifest.base, manifest.training
     where = f" at revision `{base.revision}`" if base.revision else ""
     link = f"[{base.name}](https://huggingface.co/{base.name})" if base.kind == "hub" else f"`{base.name}`"
-    rows = sum(item.rows for item in manifest.data)
+    rows = manifest.training.rows or sum(item.rows for item in manifest.data)
     kind = {"builtin": " (the base that lora_tune brings along)", "local": " (a local folder)", "hub": ""}[base.kind]
     return (
         f"A {training.method} adapter of rank {config['r']} for {link}{kind}{where}, trained by {manifest.tool} on "

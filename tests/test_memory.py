@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,69 @@ def test_no_gpu_is_used_where_none_is_visible(monkeypatch: pytest.MonkeyPatch) -
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert device_budget()[0] == "cpu"
+
+
+class FakeNvml(types.ModuleType):
+    """A driver with two cards of 10 and 20 GiB free; there is none on a machine without a GPU."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *, driver: bool) -> None:
+        super().__init__("pynvml")
+        self.driver = driver
+
+    def nvmlInit(self) -> None:
+        if not self.driver:
+            raise self.NVMLError("no driver")
+
+    def nvmlShutdown(self) -> None:
+        pass
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index > 1:
+            raise self.NVMLError("no such card")
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        return {"GPU-b": 1}[uuid]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> types.SimpleNamespace:
+        return types.SimpleNamespace(free=(10 + 10 * handle) * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("visible", "driver", "torch", "found"),
+    [
+        (None, True, "2.13.0", ("cuda", 10)),
+        ("1,0", True, "2.13.0", ("cuda", 20)),
+        ("GPU-b", True, "2.13.0", ("cuda", 20)),
+        ("5", True, "2.13.0", "cpu"),
+        (None, False, "2.13.0", "cpu"),
+        (None, True, "2.13.0+cpu", "cpu"),
+    ],
+)
+def test_the_first_visible_card_counts(
+    visible: str | None, driver: bool, torch: str, found: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(driver=driver))
+    monkeypatch.setattr(memory.importlib.metadata, "version", lambda name: torch)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device_budget() == found if found != "cpu" else device_budget()[0] == "cpu"
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CONTROL_GROUP", tmp_path)
+    free = device_budget()[1]
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("22345\n")
+    (tmp_path / "memory.stat").write_text("anon 12345\ninactive_file 10000\n")
+    assert device_budget()[1] == pytest.approx(free, rel=0.2)
+    (tmp_path / "memory.max").write_text(f"{2**28 + 12345}\n")
+    assert device_budget() == ("cpu", 0.25)
 
 
 def test_planning_imports_nothing_heavy() -> None:

@@ -38,6 +38,7 @@ _SAVED: dict[tuple[int, bool], tuple[int, int, int, int, int]] = {
     (4, False): (16, 16, 8, 8, 28),
     (4, True): (48, 20, 16, 8, 28),
 }
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 _ADAPTER_BYTES = 4  # of an adapter weight and of its gradient: float32 beside every base
 
 
@@ -352,10 +353,10 @@ def _free_gpu_bytes() -> int | None:
 
 
 def _free_of_container() -> float:
-    """Bytes left below the memory limit of the control group (version 2); infinite without a limit."""
-    group = Path("/sys/fs/cgroup")
+    """Bytes left below the memory limit of the control group (version 2), cached files not counted as used."""
     try:
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+        limit, used = ((_CONTROL_GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        facts = dict(line.split() for line in (_CONTROL_GROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return float("inf")
-    return float("inf") if limit == "max" else max(0.0, int(limit) - int(used))
+    return float("inf") if limit == "max" else max(0, int(limit) - int(used) + int(facts.get("inactive_file", 0)))

@@ -166,11 +166,12 @@ def _train(
 
 def _evaluation(recipe: Recipe, prepared: Prepared, chat: ChatTemplate) -> Evaluation:
     """What is measured every `eval.every` steps: the held-out loss, and a few answers."""
-    from lora_tune.evaluation.evaluate import sample_answers
+    from lora_tune.evaluation.evaluate import loss_rows, sample_answers
     from lora_tune.evaluation.losses import mean_loss, row_losses
     from lora_tune.training.evaluations import Evaluation
 
-    rows = prepared.held_out_rows
+    held_out = (prepared.held_out, prepared.held_out_rows)
+    rows = loss_rows(held_out, evaluation=recipe.eval, seed=recipe.seed)
     return Evaluation(
         every=recipe.eval.every or 1,
         measure=lambda model: {"loss": mean_loss(row_losses(model, rows, pad_id=chat.pad_id))},

@@ -295,3 +295,10 @@ def test_a_damaged_manifest_is_one_line(written: tuple[Path, torch.Tensor], tmp_
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(CheckFailed, match="not finished"):
         read_manifest(tmp_path)
+
+
+def test_a_claim_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
+    """A run that is refused by its memory plan has claimed its folder already."""
+    with pytest.raises(UsageError), claim_folder(tmp_path / "run", "new"):
+        raise UsageError("does not fit")
+    assert not list(tmp_path.iterdir())

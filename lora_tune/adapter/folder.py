@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -269,6 +269,11 @@ def claim_folder(folder: Path, mode: Mode) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if not _held(folder):  # refused before anything was written: nothing is left behind
+            with suppress(OSError):
+                (checkpoints / _LOCK).unlink(missing_ok=True)
+                checkpoints.rmdir()
+                folder.rmdir()
 
 
 def _refuse_use(folder: Path, mode: Mode) -> None:

@@ -267,7 +267,8 @@ def test_the_project_speaks_of_itself() -> None:
 
 
 def test_make_installs_torch_first_and_then_under_constraints(tmp_path: Path) -> None:
-    command = ["make", "--dry-run", "quickstart", f"VENV={tmp_path}", f"PYTHON={sys.executable}"]
+    command = ["make", "--no-print-directory", "--dry-run", "quickstart"]
+    command += [f"VENV={tmp_path}", f"PYTHON={sys.executable}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     installs = [line for line in done.stdout.splitlines() if "pip install" in line]
     assert [line.split()[-1] for line in installs] == ["torch", "."]

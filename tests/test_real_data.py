@@ -25,7 +25,7 @@ REAL: dict[str, tuple[str, str, tuple[str, ...], str, int]] = {
         "prompt_completion",
         1319,
     ),
-    "multi-turn": ("chat.yaml", "llamafactory/reason_tool_use_demo_50.jsonl", (), "messages", 50),
+    "multi-turn": ("chat.yaml", "parquet/turkish_dialogues_test.jsonl", (), "messages", 525),
     "t0": ("my_data.yaml", "t0/ag_news_classify_with_choices.jsonl", ("data.0.format=auto",), "prompt_completion", 200),
 }
 

@@ -104,7 +104,7 @@ def summary(output: Path, *, shape: str, wall_s: float) -> dict[str, Any]:
 
     manifest = json.loads((output / "manifest.json").read_text())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"shape": shape, "device": device, "wall_s": round(wall_s, 1), "versions": manifest["versions"],
+    return {"shape": shape, "device": device, "wall_s": round(wall_s, 1), "versions": manifest["libraries"],
             "training": manifest["training"], "scores": manifest["scores"]}  # fmt: skip
 
 

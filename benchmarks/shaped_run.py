@@ -40,22 +40,28 @@ def tensor_shapes(shape: str) -> Iterator[tuple[str, list[tuple[str, tuple[int, 
     kv = hidden // heads * kv_heads
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
-        yield f"model-layer-{layer:03d}.safetensors", [
-            (prefix + "self_attn.q_proj.weight", (hidden, hidden)),
-            (prefix + "self_attn.k_proj.weight", (kv, hidden)),
-            (prefix + "self_attn.v_proj.weight", (kv, hidden)),
-            (prefix + "self_attn.o_proj.weight", (hidden, hidden)),
-            (prefix + "mlp.gate_proj.weight", (intermediate, hidden)),
-            (prefix + "mlp.up_proj.weight", (intermediate, hidden)),
-            (prefix + "mlp.down_proj.weight", (hidden, intermediate)),
-            (prefix + "input_layernorm.weight", (hidden,)),
-            (prefix + "post_attention_layernorm.weight", (hidden,)),
-        ]
-    yield "model-rest.safetensors", [
-        ("model.embed_tokens.weight", (vocabulary, hidden)),
-        ("lm_head.weight", (vocabulary, hidden)),
-        ("model.norm.weight", (hidden,)),
-    ]
+        yield (
+            f"model-layer-{layer:03d}.safetensors",
+            [
+                (prefix + "self_attn.q_proj.weight", (hidden, hidden)),
+                (prefix + "self_attn.k_proj.weight", (kv, hidden)),
+                (prefix + "self_attn.v_proj.weight", (kv, hidden)),
+                (prefix + "self_attn.o_proj.weight", (hidden, hidden)),
+                (prefix + "mlp.gate_proj.weight", (intermediate, hidden)),
+                (prefix + "mlp.up_proj.weight", (intermediate, hidden)),
+                (prefix + "mlp.down_proj.weight", (hidden, intermediate)),
+                (prefix + "input_layernorm.weight", (hidden,)),
+                (prefix + "post_attention_layernorm.weight", (hidden,)),
+            ],
+        )
+    yield (
+        "model-rest.safetensors",
+        [
+            ("model.embed_tokens.weight", (vocabulary, hidden)),
+            ("lm_head.weight", (vocabulary, hidden)),
+            ("model.norm.weight", (hidden,)),
+        ],
+    )
 
 
 def write_base(folder: Path, shape: str) -> None:

@@ -10,133 +10,35 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 
-SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
-
-
-def share_of(amount: int | str, total: int) -> int:
-    """How many of `total` things `amount` means: a number as it is, "2%" as a share of the total, rounded half up.
-
-    Raises:
-        ValueError: neither a number nor a share.
-    """
-    if isinstance(amount, int):
-        return amount
-    match = SHARE.fullmatch(amount)
-    if match is None:
-        raise ValueError(f"a number or a share such as 2%, got {amount!r}")
-    return int(total * float(match[1]) / 100 + 0.5)
-
-
-def _refuse(expected: str, fix: str = "") -> PydanticCustomError:
-    """A value that cannot be: what it must be, and what to do."""
-    return PydanticCustomError("expected", "{expected}", {"expected": expected, "fix": fix})
-
-
-def _conflict(found: list[tuple[str, str, str]]) -> PydanticCustomError:
-    """Values that are right alone and wrong together: (key below the section, reason, fix) of each."""
-    text = "; ".join(f"{key} {reason}" for key, reason, _ in found)
-    return PydanticCustomError("conflict", "{text}", {"text": text, "found": found})
-
-
-def _share_fix(value: Any) -> str:
-    """`0.03` was meant as a share: say how it is written."""
-    return f"write {100 * value:g}%" if isinstance(value, float) and 0 < value < 1 else ""
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _amount(value: Any) -> Any:
-    """A whole number from 0 on, or a share in per cent."""
-    match = SHARE.fullmatch(value) if isinstance(value, str) else None
-    if _is_count(value, 0) or (match and float(match[1]) <= 100):
-        return value
-    raise _refuse("must be a whole number from 0 on or a share from 0% to 100%", _share_fix(value))
-
-
-def _hold_out(value: Any) -> Any:
-    """A share below 100 %, a number of rows, or a data file."""
-    match = SHARE.fullmatch(value) if isinstance(value, str) else None
-    if match and float(match[1]) >= 100:
-        raise _refuse("must leave rows to train on: a share below 100%")
-    if _is_count(value, 0) or match or (isinstance(value, str) and value.strip()):
-        return value
-    raise _refuse("must be a share such as 2%, a number of rows from 0 on, or a data file", _share_fix(value))
-
-
-def _auto_or_count(value: Any) -> Any:
-    if value == "auto" or _is_count(value, 1):
-        return value
-    raise _refuse("must be a whole number, at least 1 or auto")
-
-
-def _checkpointing(value: Any) -> Any:
-    if value in ("auto", "all", "none") or _is_count(value, 0):
-        return value
-    raise _refuse("must be auto, all, none or a number of layers")
-
-
-def _targets(value: Any) -> Any:
-    if value == "all-linear":
-        return value
-    if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) and name for name in value):
-        if len(set(value)) < len(value):
-            raise _refuse("must name each module once")
-        if any(not re.fullmatch(r"[A-Za-z0-9_.]+", name) for name in value):
-            raise _refuse("must be plain module names such as q_proj; regular expressions are not supported")
-        return tuple(value)
-    raise _refuse("must be all-linear or a list of module names such as [q_proj, v_proj]")
-
-
-def _strings(value: Any) -> Any:
-    if isinstance(value, (list, tuple)) and all(isinstance(item, str) and item for item in value):
-        if len(set(value)) < len(value):
-            raise _refuse("must name each thing once")
-        return tuple(value)
-    raise _refuse("must be a list of text")
-
-
-def _sources(value: Any) -> Any:
-    if isinstance(value, (list, tuple)) and value:
-        return tuple(value)
-    raise _refuse("must be a list with at least one source", "write a line `- source: <file or data set>` below data:")
-
-
-def _schema(*kinds: dict[str, Any]) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": list(kinds)} if len(kinds) > 1 else kinds[0])
-
-
-_SHARE_SCHEMA = {"type": "string", "pattern": r"^\d+(\.\d+)? ?%$"}
-_LIST_SCHEMA = {"type": "array", "items": {"type": "string"}}
-_COUNT = {"type": "integer", "minimum": 1}
-Amount = Annotated[int | str, BeforeValidator(_amount), _schema({"type": "integer", "minimum": 0}, _SHARE_SCHEMA)]
-HoldOut = Annotated[
-    int | str, BeforeValidator(_hold_out), _schema({"type": "integer", "minimum": 0}, {"type": "string"})
-]
-AutoCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count), _schema({"const": "auto"}, _COUNT)]
-Checkpointing = Annotated[
-    int | Literal["auto", "all", "none"],
-    BeforeValidator(_checkpointing),
-    _schema({"enum": ["auto", "all", "none"]}, {"type": "integer", "minimum": 0}),
-]
-Targets = Annotated[
-    tuple[str, ...] | Literal["all-linear"], BeforeValidator(_targets), _schema({"const": "all-linear"}, _LIST_SCHEMA)
-]
-Strings = Annotated[tuple[str, ...], BeforeValidator(_strings), _schema(_LIST_SCHEMA)]
-Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, lt=2**31)]
+from lora_tune.recipe_values import (
+    Amount,
+    AutoCount,
+    Checkpointing,
+    Count,
+    HoldOut,
+    Positive,
+    Strings,
+    Targets,
+    Text,
+    conflict,
+    refuse,
+    strings,
+)
 
 
 class Section(BaseModel):
     """Frozen, strict, no unknown keys; the docstring below a field is its help."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _sources(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and value:
+        return tuple(value)
+    raise refuse("must be a list with at least one source", "write a line `- source: <file or data set>` below data:")
 
 
 class Base(Section):
@@ -186,7 +88,7 @@ class DataSource(Section):
     def _table_needs_columns(self) -> DataSource:
         if self.format == "table" and not {"prompt", "completion"} <= set(self.columns or {}):
             fix = "add columns: {prompt: <column of the file>, completion: <column of the file>}"
-            raise _conflict([("format", "table needs to know which columns are prompt and completion", fix)])
+            raise conflict([("format", "table needs to know which columns are prompt and completion", fix)])
         return self
 
 
@@ -263,7 +165,7 @@ class Eval(Section):
 
     hold_out: HoldOut = "2%"
     """Rows kept out of training: a share, a number, or a data file of its own."""
-    metrics: Annotated[tuple[Literal["loss", "exact_match", "rouge_l"], ...], BeforeValidator(_strings)] | None = None
+    metrics: Annotated[tuple[Literal["loss", "exact_match", "rouge_l"], ...], BeforeValidator(strings)] | None = None
     """Scores of base and adapter on the held-out rows; without it: loss."""
     every: Count | None = None
     """Optimizer steps between evaluations; without it, only at the end."""
@@ -311,13 +213,13 @@ class Recipe(Section):
     """Folder of the adapter (the run's folder); relative to the working folder."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of everything random."""
-    track: Annotated[tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...], BeforeValidator(_strings)] = ()
+    track: Annotated[tuple[Literal["tensorboard", "trackio", "wandb", "mlflow"], ...], BeforeValidator(strings)] = ()
     """Experiment trackers, all off by default."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if found := [*self._evaluation_conflicts(), *self._training_conflicts()]:
-            raise _conflict(found)
+            raise conflict(found)
         return self
 
     def _evaluation_conflicts(self) -> Iterator[tuple[str, str, str]]:

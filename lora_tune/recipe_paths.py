@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora_tune.errors import Problem
-from lora_tune.recipe import SHARE
+from lora_tune.recipe_values import SHARE
 from lora_tune.yaml_tree import Node
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")

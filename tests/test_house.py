@@ -24,7 +24,16 @@ MODULES = {
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 # Imports go from a layer to the same one or a lower one; verbs import no verb.
 LAYERS = {"errors": 0, "recipe": 1, "data": 2, "model": 3, "adapter": 4, "evaluation": 5, "training": 6, "serving": 7}
-RECIPE_LAYER = {"recipe", "recipe_file", "recipe_paths", "recipe_problems", "yaml_tree", "foreign_keys", "terminal"}
+RECIPE_LAYER = {
+    "recipe",
+    "recipe_values",
+    "recipe_file",
+    "recipe_paths",
+    "recipe_problems",
+    "yaml_tree",
+    "foreign_keys",
+    "terminal",
+}
 VERBS = {module.removeprefix("lora_tune.") for module, _ in COMMANDS.values()} | {"cli", "__main__"}
 VERB_LAYER = 9
 ADDRESSES = {
@@ -35,10 +44,19 @@ ADDRESSES = {
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "trl", "numpy", "bitsandbytes", "pyarrow", "matplotlib"}
 COLD = [
-    "lora_tune.errors", "lora_tune.recipe", "lora_tune.recipe_file", "lora_tune.recipe_paths",
-    "lora_tune.recipe_problems", "lora_tune.foreign_keys", "lora_tune.yaml_tree", "lora_tune.terminal", "lora_tune.cli",
-    "lora_tune.model.source", "lora_tune.model.memory", "lora_tune.adapter.folder",
-    *(module for module, _ in COMMANDS.values()),
+    "lora_tune.errors",
+    "lora_tune.recipe",
+    "lora_tune.recipe_values",
+    "lora_tune.recipe_file",
+    "lora_tune.recipe_paths",
+    "lora_tune.recipe_problems",
+    "lora_tune.foreign_keys",
+    "lora_tune.yaml_tree",
+    "lora_tune.terminal",
+    "lora_tune.cli",
+    "lora_tune.model.source",
+    "lora_tune.model.memory",
+    "lora_tune.adapter.folder",
 ]  # fmt: skip
 DISTRIBUTION = {"pynvml": "nvidia-ml-py", "pydantic_core": "pydantic", "ruamel": "ruamel.yaml"}
 

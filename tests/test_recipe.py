@@ -15,9 +15,10 @@ from recipe_texts import SHORT, keys, leaves, put
 
 from lora_tune.errors import RecipeError
 from lora_tune.foreign_keys import ELSEWHERE, NOT_NEEDED, PLANNED, recipe_keys, unknown_key
-from lora_tune.recipe import Recipe, share_of
+from lora_tune.recipe import Recipe
 from lora_tune.recipe_file import read_recipe
 from lora_tune.recipe_problems import field_at
+from lora_tune.recipe_values import share_of
 from lora_tune.yaml_tree import parse
 
 # --- the models -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from lora_tune.data.sources import Source, SourceIdentity, open_source
 from lora_tune.data.split import at_most, contradictions, hold_out_some, repeats
 from lora_tune.data.store import ConversationStore, StoredConversations, content_of
 from lora_tune.errors import DataError, Problem, RecipeError
-from lora_tune.recipe import SHARE, DataSource
+from lora_tune.recipe import DataSource
+from lora_tune.recipe_values import SHARE
 
 _REMOTE_CHECK_EVERY = 10_000  # rows of a remote stream between two looks at the problems found
 _WORTH_A_WARNING = frozenset(field for fields in FIELDS.values() for field in fields) - {"history", "input"}

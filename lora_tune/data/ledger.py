@@ -16,7 +16,8 @@ from pathlib import PurePath
 from typing import Any
 
 from lora_tune.errors import DataError, Problem
-from lora_tune.recipe import SHARE, Limits
+from lora_tune.recipe import Limits
+from lora_tune.recipe_values import SHARE
 
 NO_LABEL = "no label is left"
 TOO_LONG = "longer than max_length"

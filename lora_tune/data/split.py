@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_tune.data.store import ConversationStore
-from lora_tune.recipe import share_of
+from lora_tune.recipe_values import share_of
 
 
 def ranks(digests: np.ndarray, *, seed: int) -> np.ndarray:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lora_tune.errors import Problem, RecipeError
-from lora_tune.recipe import Train, share_of
+from lora_tune.recipe import Train
+from lora_tune.recipe_values import share_of
 
 # recipe name -> name in transformers
 OPTIMIZERS = {

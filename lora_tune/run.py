@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from lora_tune.data.chat_template import ChatTemplate
     from lora_tune.data.pipeline import Prepared
-    from lora_tune.evaluation.evaluate import Comparison
+    from lora_tune.evaluation.scores import Comparison
     from lora_tune.training.evaluations import Evaluation
 
 app = typer.Typer(help="Train one adapter from one recipe.", add_completion=False)
@@ -185,7 +185,8 @@ def _evaluation(recipe: Recipe, prepared: Prepared, chat: ChatTemplate) -> Evalu
 
 def _compare(model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: ChatTemplate) -> Comparison:
     """Scores and samples of base and adapter on the held-out rows; none where no row is held out."""
-    from lora_tune.evaluation.evaluate import Comparison, compare
+    from lora_tune.evaluation.evaluate import compare
+    from lora_tune.evaluation.scores import Comparison
 
     if not prepared.held_out:
         return Comparison(scores={}, samples=())
@@ -205,7 +206,6 @@ def _write(
 ) -> Manifest:
     """Everything that the adapter folder tells about this run."""
     with activity(f"writing {folder}"):
-        from lora_tune.adapter.card import Sample
         from lora_tune.adapter.vectors import make_test_vectors, precision
         from lora_tune.adapter.write import FinishedRun, write_run
         from lora_tune.model.base import compute_dtype
@@ -225,7 +225,7 @@ def _write(
             training=training_record(folder, recipe, model=model, prepared=prepared),
             vectors=make_test_vectors(model, chat, made_on=here),
             scores={name: ScoreRecord(**asdict(score)) for name, score in comparison.scores.items()},
-            samples=[Sample(**asdict(sample)) for sample in comparison.samples],
+            samples=comparison.samples,
         )
         return write_run(folder, run)
 

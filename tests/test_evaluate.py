@@ -15,16 +15,9 @@ from lora_tune.data.chat_template import ChatTemplate, TokenRow, load_chat_templ
 from lora_tune.data.conversation import Conversation, Message
 from lora_tune.errors import DataError
 from lora_tune.evaluation import losses, report
-from lora_tune.evaluation.evaluate import (
-    Sample,
-    Score,
-    as_question,
-    choose,
-    compare,
-    readable,
-    sample_answers,
-)
+from lora_tune.evaluation.evaluate import as_question, choose, compare, readable, sample_answers
 from lora_tune.evaluation.losses import RowLoss, mean_loss, row_losses
+from lora_tune.evaluation.scores import Sample, Score
 from lora_tune.model.base import load_base
 from lora_tune.model.methods import attach
 from lora_tune.model.source import find_base
@@ -253,9 +246,9 @@ def test_metrics_without_rows_are_errors_and_not_zeros(
 
 
 SCORES = {
-    "loss": Score(base=3.0, adapter=1.0, low=-2.2, high=-1.8, rows=10),
-    "exact_match": Score(base=0.5, adapter=0.4, low=-0.2, high=-0.01, rows=10),
-    "rouge_l": Score(base=0.5, adapter=0.51, low=-0.1, high=0.12, rows=10),
+    "loss": Score(base=3.0, adapter=1.0, low=-2.2, high=-1.8, p_value=0.001, rows=10, direction="lower"),
+    "exact_match": Score(base=0.5, adapter=0.4, low=-0.2, high=-0.01, p_value=0.04, rows=10, direction="higher"),
+    "rouge_l": Score(base=0.5, adapter=0.51, low=-0.1, high=0.12, p_value=0.8, rows=10, direction="higher"),
 }
 
 
@@ -288,6 +281,6 @@ def test_few_rows_are_called_few() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(report.scores_table({"loss": SCORES["loss"]}))
     assert "fewer than 30 rows" in console.export_text()
-    many = Score(base=3.0, adapter=1.0, low=-2.2, high=-1.8, rows=30)
+    many = Score(base=3.0, adapter=1.0, low=-2.2, high=-1.8, p_value=0.001, rows=30, direction="lower")
     console.print(report.scores_table({"loss": many}))
     assert "fewer than" not in console.export_text()

@@ -143,6 +143,10 @@ class ScoreRecord(_Record):
     """Lower end of the 95 % paired bootstrap interval of adapter - base."""
     high: float
     rows: int
+    p_value: float | None = None
+    """Of a paired two-sided test of "no difference"; folders written before version 0.3 have none."""
+    direction: Literal["higher", "lower"] | None = None
+    """Which way is better."""
 
 
 class Manifest(_Record):

@@ -1,4 +1,4 @@
-"""Paired bootstrap: how far a difference between adapter and base would move with other held-out rows."""
+"""Paired statistics of adapter against base: how far a difference would move with other rows, and a test of it."""
 
 from __future__ import annotations
 
@@ -34,3 +34,32 @@ def paired_interval(
     tail = (1 - level) / 2
     low, high = np.quantile(np.concatenate(differences), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def paired_p_value(base: RowScores, adapter: RowScores, *, seed: int, resamples: int = RESAMPLES) -> float:
+    """Two-sided p-value of a paired test that adapter and base do not differ.
+
+    Where every row scores 0 or 1: McNemar's exact test (1947), the binomial over rows that changed. Else the sides of
+    rows are swapped at random (Fisher 1935), all 2**N ways where they are few. Raises ValueError as `paired_interval`.
+    """
+    from scipy import stats
+
+    rows = len(base.values)
+    if not rows or len(adapter.values) != rows:
+        raise ValueError(f"as many rows on both sides, and at least one, got {rows} and {len(adapter.values)}")
+    differences = np.asarray(adapter.values) - np.asarray(base.values)
+    gained, lost = int((differences > 0).sum()), int((differences < 0).sum())
+    if not gained + lost:
+        return 1.0
+    if {*base.values, *adapter.values} <= {0.0, 1.0}:
+        return float(stats.binomtest(gained, gained + lost).pvalue)
+    found = stats.permutation_test(
+        (differences,),
+        lambda signed, axis: signed.sum(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=resamples - 1,
+        batch=max(1, _ELEMENTS // rows),
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)

@@ -6,14 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_tune.data.conversation import Conversation, Message
 from lora_tune.errors import DataError, Problem
-from lora_tune.evaluation.bootstrap import paired_interval
+from lora_tune.evaluation.bootstrap import paired_interval, paired_p_value
 from lora_tune.evaluation.losses import RowLoss, row_losses
 from lora_tune.evaluation.metrics import METRICS, RowScores
+from lora_tune.evaluation.scores import Comparison, Sample, Score
 from lora_tune.model.generation import Answer, generate
 from lora_tune.terminal import progress_bar
 
@@ -27,38 +28,6 @@ if TYPE_CHECKING:
 
 MOST_NEW_TOKENS = 512
 _ANSWER_MARGIN = 16  # tokens an answer may be longer than the longest reference
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One metric over the same rows for both sides; low and high: 95 % paired bootstrap interval of adapter - base."""
-
-    base: float
-    adapter: float
-    low: float
-    high: float
-    rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One held-out row answered by both."""
-
-    prompt: str
-    reference: str
-    base: str
-    adapter: str
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Scores by metric and samples. `max_new_tokens` is where answers were cut, `stopped` the share of answers that
-    ended by themselves, by side ("base", "adapter"); None and empty where no answer was asked for."""
-
-    scores: dict[str, Score]
-    samples: tuple[Sample, ...]
-    max_new_tokens: int | None = None
-    stopped: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +203,15 @@ def _score(name: str, sides: dict[str, _Side], questions: Sequence[Question], *,
             answers = [side.answers[place].text for place in range(len(questions))]
             found[side_name] = metric.over_answers(answers, [[question.reference] for question in questions])
     low, high = paired_interval(found["base"], found["adapter"], seed=seed)
-    rows = len(found["base"].values)
-    return Score(base=found["base"].mean(), adapter=found["adapter"].mean(), low=low, high=high, rows=rows)
+    return Score(
+        base=found["base"].mean(),
+        adapter=found["adapter"].mean(),
+        low=low,
+        high=high,
+        p_value=paired_p_value(found["base"], found["adapter"], seed=seed),
+        rows=len(found["base"].values),
+        direction=metric.direction,
+    )
 
 
 def _sample(question: Question, sides: dict[str, _Side], place: int) -> Sample:

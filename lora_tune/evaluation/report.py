@@ -13,7 +13,7 @@ from lora_tune.evaluation.metrics import METRICS
 from lora_tune.terminal import printable
 
 if TYPE_CHECKING:
-    from lora_tune.evaluation.evaluate import Sample, Score
+    from lora_tune.evaluation.scores import Sample, Score
 
 _ARROWS = {"lower": "↓", "higher": "↑"}
 _COLUMNS = ("metric", "base", "adapter", "difference", "95 % interval", "rows")

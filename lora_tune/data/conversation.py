@@ -45,6 +45,11 @@ class Conversation:
 
     `source` counts the data sources of the recipe from 0, `file` is the file's name as the user wrote it and `line` its
     line (or record number, from 1), so that every message about the row can say where it stands.
+
+    `task` and `template` name the task (a cluster such as `nli`) and the prompt template that the row was rendered by,
+    "" where there is none: evaluation groups by them. `choices` are the answers among which rank classification
+    chooses; one of them is the answer. `references` are further right answers beside the last assistant turn, of which
+    a metric counts the best.
     """
 
     messages: tuple[Message, ...] = ()
@@ -53,3 +58,7 @@ class Conversation:
     source: int = 0
     file: str = ""
     line: int = 0
+    task: str = ""
+    template: str = ""
+    choices: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()

@@ -42,6 +42,12 @@ def content_of(conversation: Conversation) -> bytes:
     return _ENCODE(content).encode()
 
 
+def _about(conversation: Conversation) -> bytes:
+    """What evaluation groups and scores by; no part of the content, so that it changes no hash. Empty without any."""
+    found = (conversation.task, conversation.template, conversation.choices, conversation.references)
+    return _ENCODE(found).encode() if any(found) else b""
+
+
 def _prompt_of(conversation: Conversation, content: bytes) -> bytes:
     """All but the last turn; the whole content where there is no prompt, so that such rows never share one."""
     if len(conversation.messages) < 2:
@@ -54,7 +60,7 @@ class ConversationStore:
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # noqa: SIM115
-        self._ends = array("q", [0])
+        self._ends, self._content_ends = array("q", [0]), array("q")
         self._digests, self._prompts = bytearray(), bytearray()
         self._sources, self._files, self._lines = array("i"), array("i"), array("q")
         self._names: dict[str, int] = {}
@@ -63,8 +69,10 @@ class ConversationStore:
     def append(self, conversation: Conversation, *, source: int, file: str, line: int) -> None:
         """Keep a conversation that stands at `file:line` of the `source`-th data source."""
         content = content_of(conversation)
-        self._file.write(content)
-        self._ends.append(self._ends[-1] + len(content))
+        about = _about(conversation)
+        self._file.write(content + about)
+        self._ends.append(self._ends[-1] + len(content) + len(about))
+        self._content_ends.append(self._ends[-1] - len(about))
         self._digests += blake2b(content, digest_size=16).digest()
         self._prompts += blake2b(_prompt_of(conversation, content), digest_size=8).digest()
         self._sources.append(source)
@@ -76,10 +84,22 @@ class ConversationStore:
 
     def __getitem__(self, index: int) -> Conversation:
         self._file.seek(self._ends[index])
-        messages, tools, text = json.loads(self._file.read(self._ends[index + 1] - self._ends[index]))
+        messages, tools, text = json.loads(self._file.read(self._content_ends[index] - self._ends[index]))
+        about = self._file.read(self._ends[index + 1] - self._content_ends[index])
+        task, template, choices, references = json.loads(about) if about else ("", "", (), ())
         file, line = self.place(index)
-        turns = tuple(_unpacked(packed) for packed in messages)
-        return Conversation(turns, tuple(tools), text, source=self._sources[index], file=file, line=line)
+        return Conversation(
+            tuple(_unpacked(packed) for packed in messages),
+            tuple(tools),
+            text,
+            source=self._sources[index],
+            file=file,
+            line=line,
+            task=task,
+            template=template,
+            choices=tuple(choices),
+            references=tuple(references),
+        )
 
     def place(self, index: int) -> tuple[str, int]:
         """File and line of a row."""

@@ -13,11 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_tune.errors import DataError, Problem
 from lora_tune.recipe import Limits
 from lora_tune.recipe_values import SHARE
+
+if TYPE_CHECKING:
+    from lora_tune.data.overlap import Overlap
 
 NO_LABEL = "no label is left"
 TOO_LONG = "longer than max_length"
@@ -150,6 +153,8 @@ class Ledger:
     sources: list[SourceLedger] = field(default_factory=list)
     packing: Packing | None = None
     notices: list[Problem] = field(default_factory=list)
+    overlap: Overlap | None = None
+    """What held-out rows share with training rows, where it was looked for."""
 
     def total(self, name: str) -> int:
         """Sum of a number of SourceLedger (`read`, `kept`, `tokens_lost` …) over the sources."""
@@ -174,6 +179,7 @@ class Ledger:
             if self.packing is None
             else {**asdict(self.packing), "efficiency": self.packing.efficiency},
             "warnings": [str(warning) for warning in self.warnings()],
+            **({"overlap": self.overlap.as_json()} if self.overlap is not None else {}),
         }
 
     def table(self) -> list[tuple[str, ...]]:
@@ -206,7 +212,7 @@ class Ledger:
 
     def warnings(self) -> list[Problem]:
         """What is probably wrong but goes on: one warning a kind and source, with its count and first place."""
-        found = list(self.notices)
+        found = [*self.notices, *(self.overlap.warnings() if self.overlap is not None else ())]
         for source in self.sources:
             for what, count in source.notes.items():
                 if what in (STRADDLES, PER_TURN, SPLIT):

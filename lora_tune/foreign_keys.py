@@ -276,7 +276,7 @@ NOT_NEEDED: dict[str, str] = {
 }
 
 # Keys of the plan that this version does not have.
-PLANNED = ("hardware", "train.budget", "train.max_skipped_steps", "data.*.prompts", "eval.hold_out_tasks")
+PLANNED = ("hardware", "train.budget")
 
 
 def recipe_keys() -> list[str]:

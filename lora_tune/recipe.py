@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -20,8 +21,10 @@ from lora_tune.recipe_values import (
     Count,
     HoldOut,
     Positive,
+    Share,
     Strings,
     Targets,
+    Templates,
     Text,
     conflict,
     refuse,
@@ -71,7 +74,7 @@ class DataSource(Section):
     """Split of a hub data set."""
     revision: Text | None = None
     """Revision of a hub data set."""
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text", "table"] = "auto"
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "prompt_completion", "text", "table", "sni"] = "auto"
     """What a row looks like; auto says what it took and why."""
     columns: dict[str, str] | None = None
     """Names of the columns to read: {field of the format: column of the file}; `table` needs prompt and completion."""
@@ -83,6 +86,31 @@ class DataSource(Section):
     """A malformed or answer-less row ends the run before the base is loaded, or is dropped and counted."""
     pack: bool = True
     """Rows of this source may share a packed sequence."""
+    task: Text | None = None
+    """Name of the task, or of the cluster of tasks, that this source belongs to, such as nli."""
+    prompts: Text | None = None
+    """A file of prompt templates (promptsource YAML, `input ||| target`) that make the rows; format stays at auto."""
+    templates: Templates = "all"
+    """Which templates of `prompts` are used; each row gets one of them, chosen by the seed."""
+    shots: Annotated[int, Field(ge=0, le=64)] = 0
+    """Solved examples before the question: other training rows (prompts), or positive examples (sni)."""
+    options: bool = False
+    """End the question with `OPTIONS:` and the answer choices, where the template does not list them itself."""
+    invert: Share = "0%"
+    """Share of the training rows that are turned round: the answer is given and the input is asked for."""
+
+    @model_validator(mode="after")
+    def _prompts_fit(self) -> DataSource:
+        found = []
+        if self.prompts and self.format != "auto":
+            found.append(("format", "cannot be chosen beside prompts, which read the columns as they are", "remove it"))
+        asked = {"templates": self.templates != "all", "options": self.options, "invert": float(self.invert[:-1]) > 0}
+        asked["shots"] = self.shots > 0 and self.format != "sni"
+        for key in [key for key, value in asked.items() if value and not self.prompts]:
+            found.append((key, "changes nothing without prompts", "name a file of templates: prompts, or remove it"))
+        if found:
+            raise conflict(found)
+        return self
 
     @model_validator(mode="after")
     def _table_needs_columns(self) -> DataSource:
@@ -90,6 +118,15 @@ class DataSource(Section):
             fix = "add columns: {prompt: <column of the file>, completion: <column of the file>}"
             raise conflict([("format", "table needs to know which columns are prompt and completion", fix)])
         return self
+
+
+class Mixing(Section):
+    """How large a part of an epoch each source is, before its own `weight`."""
+
+    cap: Count | None = None
+    """Examples-proportional mixing: a source counts as at most this many rows (3,000 in FLAN)."""
+    temperature: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """Flatten the shares: they go with rows ** (1 / temperature); 1 keeps them, a large one makes them equal."""
 
 
 class Lora(Section):
@@ -158,6 +195,8 @@ class Train(Section):
     """Optimizer steps between checkpoints; without it, one at the end of every epoch."""
     keep_checkpoints: Count = 2
     """How many checkpoints stay on disk."""
+    max_skipped_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Leave out this many steps whose loss or gradient is not finite before the training stops."""
 
 
 class Eval(Section):
@@ -165,6 +204,8 @@ class Eval(Section):
 
     hold_out: HoldOut = "2%"
     """Rows kept out of training: a share, a number, or a data file of its own."""
+    hold_out_tasks: Strings = ()
+    """Tasks (data[].task) kept out of training as a whole and evaluated zero-shot with all of their templates."""
     metrics: Annotated[tuple[Literal["loss", "exact_match", "rouge_l"], ...], BeforeValidator(strings)] | None = None
     """Scores of base and adapter on the held-out rows; without it: loss."""
     every: Count | None = None
@@ -199,6 +240,8 @@ class Recipe(Section):
     """The base model that stays frozen."""
     data: Annotated[tuple[DataSource, ...], BeforeValidator(_sources), Field(json_schema_extra={"minItems": 1})]
     """Where the training rows come from."""
+    mixing: Mixing = Mixing()
+    """How large a part of an epoch each source is, before its own `weight`."""
     loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
     """Which turns are trained: all answers, the last answer, or every token."""
     lora: Lora = Lora()
@@ -218,7 +261,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if found := [*self._evaluation_conflicts(), *self._training_conflicts()]:
+        if found := [*self._evaluation_conflicts(), *self._task_conflicts(), *self._training_conflicts()]:
             raise conflict(found)
         return self
 
@@ -233,6 +276,30 @@ class Recipe(Section):
                 if value:
                     yield f"eval.{key}", "needs evaluations during training", "set eval.every"
 
+    def _task_conflicts(self) -> Iterator[tuple[str, str, str]]:
+        tasks = sorted({source.task for source in self.data if source.task})
+        apart = self.eval.hold_out_tasks
+        for name in [name for name in apart if name not in tasks]:
+            near = get_close_matches(name, tasks, n=1, cutoff=0.6)
+            fix = f"did you mean `{near[0]}`?" if near else "set data[].task of its sources"
+            if tasks and not near:
+                fix = f"the tasks here are {', '.join(tasks)}"
+            yield "eval.hold_out_tasks", f"no source has the task, got {name!r}", fix
+        held_out = [source.task in apart for source in self.data]
+        if all(held_out):
+            yield "eval.hold_out_tasks", "holds every source out: nothing is left to train on", "leave a task to train"
+        if apart and self.eval.keep_best and not self._holds_rows_out:
+            reason = "would choose the weights by the tasks that are held out"
+            yield "eval.keep_best", reason, "hold rows of the trained tasks out as well: eval.hold_out"
+        for number, source in enumerate(self.data):
+            for key, asked in (("invert", source.invert != "0%"), ("shots", source.shots > 0 and source.prompts)):
+                if held_out[number] and asked:
+                    yield (
+                        f"data.{number}.{key}",
+                        "changes nothing: the task is held out, and asked zero-shot",
+                        "remove it",
+                    )
+
     def _training_conflicts(self) -> Iterator[tuple[str, str, str]]:
         micro, batch = self.train.micro_batch_size, self.train.batch_size
         if micro != "auto" and batch % micro:
@@ -244,6 +311,10 @@ class Recipe(Section):
     @property
     def holds_out(self) -> bool:
         """Whether rows are kept out of training."""
+        return bool(self.eval.hold_out_tasks) or self._holds_rows_out
+
+    @property
+    def _holds_rows_out(self) -> bool:
         return not re.fullmatch(r"0+(\.0+)? ?%?", str(self.eval.hold_out))
 
     @property

@@ -55,6 +55,7 @@ def _named_paths(root: Node) -> Iterator[tuple[str, Node, Wanted]]:
     data = root.child("data")
     if data is not None and isinstance(data.value, list):
         keys += [(f"data.{number}.source", "data") for number in range(len(data.value))]
+        keys += [(f"data.{number}.prompts", "file") for number in range(len(data.value))]
     for key, wanted in keys:
         node: Node | None = root
         for part in key.split("."):

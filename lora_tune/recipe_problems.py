@@ -16,7 +16,6 @@ from lora_tune.foreign_keys import unknown_key
 from lora_tune.recipe import Recipe, section_of
 
 _SHOWN = 60  # characters of a value in a message
-_NOT_YET_FORMATS = ("sni",)
 _TYPES = {
     "int_type": "must be a whole number",
     "float_type": "must be a number",
@@ -115,8 +114,6 @@ def _quotes_fix(value: Any) -> str:
 def _wrong_choice(value: Any, expected: str, key: str) -> tuple[str, str]:
     choices = [choice.strip("' ") for part in expected.split(" or ") for choice in part.split(",")]
     reason = f"must be one of {', '.join(choices)}"
-    if key.startswith("data.") and key.endswith(".format") and value in _NOT_YET_FORMATS:
-        return f"format {value} is not supported in this version", f"write one of {', '.join(choices)}"
     nearest = get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
     if nearest:
         return reason, f"did you mean `{nearest[0]}`?"

@@ -87,6 +87,25 @@ def _targets(value: Any) -> Any:
     raise refuse("must be all-linear or a list of module names such as [q_proj, v_proj]")
 
 
+def _share(value: Any) -> Any:
+    match = SHARE.fullmatch(value) if isinstance(value, str) else None
+    if match and float(match[1]) <= 100:
+        return value
+    raise refuse("must be a share from 0% to 100%", _share_fix(value))
+
+
+def _all_or_names(value: Any) -> Any:
+    if value == "all":
+        return value
+    if isinstance(value, str) and value:
+        return (value,)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) and name for name in value):
+        if len(set(value)) < len(value):
+            raise refuse("must name each template once")
+        return tuple(value)
+    raise refuse("must be all or a list of template names")
+
+
 def strings(value: Any) -> Any:
     """A list of names, each once, as a tuple."""
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) and item for item in value):
@@ -120,3 +139,7 @@ Strings = Annotated[tuple[str, ...], BeforeValidator(strings), _schema(_LIST_SCH
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+Share = Annotated[str, BeforeValidator(_share), _schema(_SHARE_SCHEMA)]
+Templates = Annotated[
+    tuple[str, ...] | Literal["all"], BeforeValidator(_all_or_names), _schema({"const": "all"}, _LIST_SCHEMA)
+]

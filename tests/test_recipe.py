@@ -154,7 +154,6 @@ def test_all_problems_in_one_pass_in_the_order_of_lines(problems_in: Any) -> Non
         ("train", "5", "write its keys below it, indented"),
         ("data", "[]", "at least one source"),
         ("data", "{source: x}", "must be a list with at least one source"),
-        ("data.0.format", "sni", "format sni is not supported in this version"),
         ("data.0.columns", "{prompt: 1}", "put it in quotes: '1'"),
         ("data.0.columns", "[a]", "must be a mapping"),
         ("train.packing", "'true'", "drop the quotes"),

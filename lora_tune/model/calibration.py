@@ -30,9 +30,9 @@ _BELIEVED = (0.2, 5.0)  # ratios outside are an error of measurement, not of the
 class Calibration:
     """Measured over predicted on one card, with the libraries installed now.
 
-    `ratios` holds the median by part of `MemoryPlan.parts_gib`, and of `peak`; `spread` is how far single measurements of
-    the peak lie from that median (a share of it), None with one measurement alone; `step_ratio` the median for seconds
-    per step, None where no step was timed; `runs` how many measurements there are.
+    `ratios` holds the median by part of `MemoryPlan.parts_gib`, and of `peak`; `spread` is how far single measurements
+    of the peak lie from that median (a share of it), None with one measurement alone; `step_ratio` the median for
+    seconds per step, None where no step was timed; `runs` how many measurements there are.
     """
 
     card: str
@@ -91,8 +91,7 @@ def remember(
     measured: Mapping[str, float],
     step_s: tuple[float, float] | None = None,
 ) -> None:
-    """Add one measurement: GiB by part (names of `MemoryPlan.parts_gib`, or `peak`); parts in one mapping alone are left
-    out.
+    """Add one measurement: GiB by part (names of `MemoryPlan.parts_gib`, or `peak`); what one side lacks is left out.
 
     `predicted` must come from the formulas alone (`MemoryPlan.formula_gib`), not from a plan that was corrected by an
     earlier measurement. `step_s` is (predicted, measured) seconds of one optimizer step. A cache folder that cannot be

@@ -66,7 +66,9 @@ class TrainingDisplay(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write the numbers of a step, or of an evaluation, and show them."""
         logs = logs or {}
-        if "loss" in logs:
+        if "skipped" in logs:
+            self._write({"step": state.global_step, "epoch": state.epoch, "skipped": True})
+        elif "loss" in logs:
             self._write(step_row(logs, step=state.global_step, epoch=state.epoch))
             self._recent.append((logs["tokens"], logs["step_s"]))
             self._show(self._line(logs, left=state.max_steps - state.global_step), state=state)

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from lora_tune.model.methods import adapter_state, load_adapter_state
 from lora_tune.training import checkpoint, state
 from lora_tune.training.evaluations import Evaluations, Standing
+from lora_tune.training.guard import StepGuard, require_finite
 from lora_tune.training.progress import TrainingDisplay
 from lora_tune.training.schedule import Steps
 
@@ -49,6 +50,7 @@ class ResumableTrainer(Trainer):
     facts: RunFacts
     steps: Steps
     evaluations: Evaluations | None
+    guard: StepGuard
     keep_checkpoints: int
     saved_step: int | None = None
 
@@ -56,6 +58,7 @@ class ResumableTrainer(Trainer):
         step = self.state.global_step
         if self.saved_step == step:
             return
+        require_finite(self.model, step=step)
         try:
             checkpoint.save(Path(self.args.output_dir), step, self._files(), keep=self.keep_checkpoints)
         except OSError as error:
@@ -72,6 +75,7 @@ class ResumableTrainer(Trainer):
             "resolved": dict(self.facts.resolved),
             "steps": self.steps.as_json(),
             "evaluations": self.evaluations.as_json() if self.evaluations else None,
+            "guard": self.guard.as_json(),
         }
         schedule = {"schedule": self.lr_scheduler.state_dict(), "scaler": scaler.state_dict() if scaler else None}
         best = self.evaluations.best_tensors if self.evaluations else {}
@@ -102,6 +106,7 @@ class ResumableTrainer(Trainer):
             return None
         checkpoint.check_identity(found.run["identity"], self.facts.identity)
         checkpoint.check_identity({"steps": found.run["steps"]}, {"steps": self.steps.as_json()})
+        self.guard.go_on(found.run["guard"])
         if self.evaluations:
             self.evaluations.standing = self.standing_in(found)
             best = found.folder / "best.safetensors"

@@ -7,10 +7,9 @@ epoch), the guard against numbers that are not finite, evaluations that leave no
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import fields
 from itertools import islice
@@ -23,16 +22,19 @@ os.environ["DISABLE_TELEMETRY"] = "1"
 import psutil
 import torch
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
-from lora_tune.errors import CheckFailed, DataError, Interrupted, Problem
+from lora_tune.errors import DataError, Interrupted
 from lora_tune.model.methods import cast_inputs
 from lora_tune.recipe import Train
 from lora_tune.training import state
 from lora_tune.training.batches import IGNORED, EpochSampler, FoldedCollator
 from lora_tune.training.evaluations import Evaluation, Evaluations
+from lora_tune.training.guard import StepGuard, StepNumbers, largest_weight, places
+from lora_tune.training.loss import summed_loss
+from lora_tune.training.moments import Moments
 from lora_tune.training.resume import ResumableTrainer, RunFacts
 from lora_tune.training.schedule import SCHEDULES, Steps, mixed_precision, optimizer_name, plan_steps
 from lora_tune.training.signals import SignalWatch
@@ -139,7 +141,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         super().__init__(model, args, train_dataset=rows, processing_class=chat.tokenizer)
         state.set_trainable_tensors(self.model, dtypes)  # TRL casts the adapter of a 4-bit base to bfloat16
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Moments(self))
+        self.add_callback(Moments(self))
         self.steps = steps
         self.facts = RunFacts()
         self.evaluations = Evaluations(evaluation) if evaluation else None
@@ -150,7 +152,8 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._head = self.model.get_output_embeddings()
         self._fused_head = args.device.type == "cuda" and type(self._head) is nn.Linear
-        self._watch = SignalWatch()
+        self.signals = SignalWatch()
+        self.guard = StepGuard(self.model, max_skipped=train.max_skipped_steps, report=self.facts.report)
         self._chat = chat
         self._micro_losses: list[torch.Tensor] = []
         self._step_began = 0.0
@@ -164,6 +167,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
     def for_run(self, facts: RunFacts) -> RunTrainer:
         """Tell the trainer what to record and compare; returns the trainer itself."""
         self.facts = facts
+        self.guard.report = facts.report
         for callback in (*([facts.display] if facts.display else []), *facts.trackers):
             self.add_callback(callback)
         return self
@@ -188,13 +192,15 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
             result = TrainOutput(start.step, 0.0, {})
         else:
             display = closing(self.facts.display) if self.facts.display else nullcontext()
-            with self._watch, display, self._casts("autocast"):
+            with self.signals, display, self._casts("autocast"):
                 result = super().train(resume_from_checkpoint=str(start.folder) if start else None)
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self._chat.align(self.model)  # transformers puts the tokenizer's special tokens in when it starts
-        if self._watch.caught is not None:
+        if self.signals.caught is not None:
             step = self.state.global_step
-            raise Interrupted(self._watch.caught, f"stopped by a signal after step {step}; --resume goes on from there")
+            raise Interrupted(
+                self.signals.caught, f"stopped by a signal after step {step}; --resume goes on from there"
+            )
         if self.evaluations and self.evaluations.best_tensors:
             state.set_trainable_tensors(self.model, self.evaluations.best_tensors)
         return result
@@ -230,22 +236,10 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
     ) -> Any:
         """Cross-entropy summed over the trained tokens of the micro-batch, divided by those of the whole step.
 
-        On a GPU through TRL's fused head. Elsewhere the fused head computes every position in float32 and costs 40 %
-        of the step, so the model's own head is given the trained positions alone. TRL's entropy and accuracy, three
-        host syncs in every micro-batch, are left out.
+        TRL's entropy and accuracy, three host syncs in every micro-batch, are left out.
         """
-        labels_BT = inputs["labels"]
-        divisor = (labels_BT != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        if self._fused_head:
-            outputs = model(**rest, labels=labels_BT, use_cache=False, fused_lm_head=True)
-            total = -outputs.log_probs.sum()
-        else:
-            trained_BT = labels_BT[:, 1:] != IGNORED
-            with _head_sees(self._head, trained_BT):
-                outputs = model(**rest, use_cache=False)
-            targets_N = labels_BT[:, 1:][trained_BT]
-            total = nn.functional.cross_entropy(outputs.logits.float(), targets_N, reduction="sum")
+        divisor = (inputs["labels"] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        total, outputs = summed_loss(model, inputs, head=self._head, fused="yes" if self._fused_head else "no")
         loss = total / torch.as_tensor(divisor).clamp(min=1)
         return (loss, outputs) if return_outputs else loss
 
@@ -255,40 +249,30 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> float:
         """The norm as a number, after the check that this step may be taken: the one host sync of a step."""
         measured = self._clip_grad_norm(model) if grad_norm is None else grad_norm
-        loss, norm = torch.stack([self._tr_loss.float(), measured.float()]).tolist()
+        numbers = torch.stack([self._tr_loss.float(), measured.float(), largest_weight(self._trained).float()])
+        loss, norm, weight = numbers.tolist()
         scaler = self.accelerator.scaler
-        overflow_is_handled = scaler is not None and math.isfinite(loss) and scaler.get_scale() >= 1
-        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow_is_handled):
-            raise CheckFailed(self._not_finite(loss, norm))
+        scaled = scaler is not None and scaler.get_scale() >= 1
+        step = StepNumbers(self.state.global_step + 1, loss, norm, weight, scaled)
+        if not self.guard.admits(step, rows=self._rows_to_blame):
+            self._tr_loss.zero_()
+            for parameter in self._trained:
+                parameter.grad = None  # what the optimizer steps over
         return norm
 
-    def _not_finite(self, loss: float, norm: float) -> Problem:
-        """What to say of a step that was refused: its number and the rows of the micro-batches that are to blame."""
+    def _rows_to_blame(self) -> str:
+        """Where the rows of the micro-batches stand whose loss is not finite, or all rows of the step."""
         rows, size = self._rows_of_step(), self.steps.micro_batch_size
         micro_batches = range(len(self._micro_losses))
         bad = [index for index in micro_batches if not bool(torch.isfinite(self._micro_losses[index]))]
         numbers = [number for index in bad or micro_batches for number in rows[index * size : (index + 1) * size]]
-        return Problem(
-            f"step {self.state.global_step + 1} was not taken: its loss is {loss}, the norm of its gradient {norm}"
-            + self._places(numbers),
-            "look at these rows, or lower train.learning_rate; --resume goes on from the last checkpoint",
-        )
+        return places(self.train_dataset, numbers, self.facts.sources)
 
     def _rows_of_step(self) -> list[int]:
         """The numbers of the rows of the step that is running."""
         epoch, position = divmod(self.state.global_step, self.steps.steps_per_epoch)
         size = self.steps.micro_batch_size * self.steps.accumulation
         return self._sampler.order(epoch)[position * size : (position + 1) * size]
-
-    def _places(self, numbers: Sequence[int]) -> str:
-        """`; its rows: file:line, …` of these training rows, or nothing where the rows do not say."""
-        if "rows" not in self.train_dataset.column_names:
-            return ""
-        pairs = [pair for number in numbers for pair in self.train_dataset[number]["rows"]]
-        names = dict(enumerate(self.facts.sources))
-        places = [f"{names.get(source, f'data.{source}')}:{line}" for source, line in pairs]
-        more = f" and {len(places) - 8} more" if len(places) > 8 else ""
-        return f"; its rows: {', '.join(places[:8])}{more}"
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Nothing: the parent walks all parameters for a number that is shown nowhere."""
@@ -301,6 +285,9 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
             logs["trained_tokens"] = int(self._step_trained_tokens)
             logs["step_s"] = time.perf_counter() - self._step_began
             logs["gib"] = memory_gib()
+            if self.guard.skipping:
+                logs["skipped"] = 1.0
+                del logs["loss"], logs["grad_norm"]
         super().log(logs, start_time)
 
     def evaluate(
@@ -346,40 +333,6 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine."""
-
-
-class _Moments(TrainerCallback):
-    """When to evaluate and when to save: after which steps, at the end of an epoch, and when a signal came."""
-
-    def __init__(self, trainer: RunTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        trainer, step = self.trainer, state.global_step
-        control.should_evaluate = bool(trainer.evaluations and trainer.evaluations.due(step, last_step=state.max_steps))
-        control.should_save = bool(trainer.save_every and step % trainer.save_every == 0) or step >= state.max_steps
-        if trainer._watch.caught is not None:
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        control.should_evaluate = False
-        control.should_save = self.trainer.save_every is None or control.should_training_stop
-        return control
-
-
-@contextmanager
-def _head_sees(head: nn.Module, trained_BT: torch.Tensor) -> Iterator[None]:
-    """Inside, the output layer gets the N positions that predict a trained token, and gives logits (N, vocabulary)."""
-
-    def choose(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (inputs[0][:, :-1][trained_BT], *inputs[1:])
-
-    handle = head.register_forward_pre_hook(choose)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def memory_gib() -> float:

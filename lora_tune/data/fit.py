@@ -9,6 +9,7 @@ from typing import Literal, overload
 import numpy as np
 
 from lora_tune.data.chat_template import NOTES, TokenRow
+from lora_tune.data.conversation import Conversation
 from lora_tune.data.ledger import (
     CONTROL_TOKENS,
     LOST_END,
@@ -83,6 +84,10 @@ class Documents(Sequence[TokenRow]):
         file, line = self._conversations.place(number)
         notes = frozenset(name for bit, name in enumerate(NOTES) if self._rows.notes[row] >> bit & 1)
         return TokenRow(ids, mask.astype(bool), int(self._sources[number]), file, line, notes)
+
+    def conversation(self, index: int) -> Conversation:
+        """The conversation that a document, or a piece of it, was made of."""
+        return self._conversations[int(self._rows.conversation[int(self.pieces.row[index])])]
 
     def of_row(self, number: int) -> Documents:
         """The documents of the `number`-th row of the data that has any (from 1). Raises: IndexError."""

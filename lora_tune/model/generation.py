@@ -1,8 +1,8 @@
-"""Greedy answers in batches: what evaluation, samples and verification let a model say."""
+"""Answers in batches: what evaluation, samples and verification let a model say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from lora_tune.errors import UsageError
+from lora_tune.model.decoding import Decoding, decode, has_plain_cache
 from lora_tune.model.shape import read_shape
 
 if TYPE_CHECKING:
@@ -64,24 +66,68 @@ def generate(
 
     Raises ValueError for an empty prompt.
     """
+    decoding = Decoding(max_new_tokens, batch_size)
+    answers: dict[int, Answer] = {}
+    for found in answer_batches(model, chat, prompts, decoding=decoding):
+        answers |= found
+        if progress:
+            progress(len(found))
+    return [answers[row] for row in range(len(prompts))]
+
+
+def answer_batches(
+    model: PreTrainedModel | PeftModel,
+    chat: ChatTemplate,
+    prompts: Sequence[Sequence[int]],
+    *,
+    decoding: Decoding,
+    done: Container[int] = (),
+) -> Iterator[dict[int, Answer]]:
+    """Answers by number of the prompt, batch after batch, the longest prompts first.
+
+    Which prompts share a batch depends on their lengths and on `decoding` alone. A batch whose prompts are all in
+    `done` is passed over; any other one is answered whole, so that an answer is the same whatever was done before.
+
+    Raises ValueError for an empty prompt.
+    """
     if any(not len(prompt) for prompt in prompts):
         raise ValueError("a prompt without tokens cannot be answered")
     base = transformer(model)
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    answers: dict[int, Answer] = {}
+    lengths = [len(prompt) + decoding.max_new_tokens for prompt in prompts]
+    for batch in _batches(lengths, decoding.batch_size, most_tokens=_most_tokens(base)):
+        if all(row in done for row in batch):
+            continue
+        answers: dict[int, Answer] = {}
 
-    def answer(batch: list[int]) -> None:
-        ids_BT, mask_BT = _left_padded([prompts[row] for row in batch], chat.pad_id, device=base.device)
-        output_BT = cast(Any, base).generate(input_ids=ids_BT, attention_mask=mask_BT)
-        for row, new_T in zip(batch, output_BT[:, ids_BT.shape[1] :].tolist(), strict=True):
-            answers[row] = _answer(chat, new_T)
-        if progress:
-            progress(len(batch))
+        def answer(rows: list[int], answers: dict[int, Answer] = answers) -> None:
+            new_ids = _new_ids(base, chat, [prompts[row] for row in rows], rows=rows, decoding=decoding)
+            answers.update({row: _answer(chat, new_T) for row, new_T in zip(rows, new_ids, strict=True)})
 
-    with evaluating(model), _only_greedy(base, chat, max_new_tokens):
-        for batch in _batches(lengths, batch_size, most_tokens=_most_tokens(base)):
+        with evaluating(model):
             in_halves(batch, answer)
-    return [answers[row] for row in range(len(prompts))]
+        yield answers
+
+
+def _new_ids(
+    base: PreTrainedModel,
+    chat: ChatTemplate,
+    prompts: Sequence[Sequence[int]],
+    *,
+    rows: Sequence[int],
+    decoding: Decoding,
+) -> list[list[int]]:
+    """New token ids of the prompts of one batch, by our own loop or, for other architectures, by transformers'."""
+    ids_BT, mask_BT = _left_padded(prompts, chat.pad_id, device=base.device)
+    if has_plain_cache(base):
+        return decode(base, ids_BT, mask_BT, rows=rows, stop_ids=sorted(chat.stop_ids), decoding=decoding)
+    if decoding.temperature:
+        raise UsageError(
+            f"{type(base).__name__} answers by greedy search only, got temperature {decoding.temperature}",
+            "set the temperature to 0",
+        )
+    with _only_greedy(base, chat, decoding.max_new_tokens):
+        output_BT = cast(Any, base).generate(input_ids=ids_BT, attention_mask=mask_BT)
+    return cast(list[list[int]], output_BT[:, ids_BT.shape[1] :].tolist())
 
 
 def in_halves(batch: list[int], work: Callable[[list[int]], None]) -> None:

@@ -276,7 +276,7 @@ NOT_NEEDED: dict[str, str] = {
 }
 
 # Keys of the plan that this version does not have.
-PLANNED = ("hardware", "train.budget")
+PLANNED = ("hardware",)
 
 
 def recipe_keys() -> list[str]:

@@ -19,6 +19,7 @@ from lora_tune.recipe_values import (
     AutoCount,
     Checkpointing,
     Count,
+    Duration,
     HoldOut,
     Positive,
     Share,
@@ -163,6 +164,8 @@ class Train(Section):
     """Passes over the training rows."""
     max_steps: Count | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
+    budget: Duration | None = None
+    """Train for this long (45s, 90m, 1h30m) instead of `epochs`: the learning rate ends at the deadline."""
     learning_rate: Positive = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt"] = "cosine"
@@ -305,8 +308,14 @@ class Recipe(Section):
         if micro != "auto" and batch % micro:
             reason = f"must divide train.batch_size {batch} without a rest"
             yield "train.micro_batch_size", reason, "write auto, or a divisor"
+        yield from self._budget_conflicts()
         if self.lora.plus_ratio and self.train.optimizer in ("adafactor", "sgd", "lion_8bit"):
             yield "lora.plus_ratio", "needs an AdamW optimizer", "set train.optimizer: adamw, or remove lora.plus_ratio"
+
+    def _budget_conflicts(self) -> Iterator[tuple[str, str, str]]:
+        asked = {"epochs": self.train.epochs != 1.0, "max_steps": self.train.max_steps is not None}
+        for key in [key for key, given in asked.items() if given and self.train.budget]:
+            yield "train.budget", f"says how long to train, and so does train.{key}", "remove one of the two"
 
     @property
     def holds_out(self) -> bool:

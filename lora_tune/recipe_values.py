@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?%")
+DURATION = re.compile(r"(?:([0-9]{1,5})h)?(?:([0-9]{1,5})m)?(?:([0-9]{1,7})s)?")
 
 
 def share_of(amount: int | str, total: int) -> int:
@@ -23,6 +24,19 @@ def share_of(amount: int | str, total: int) -> int:
     if match is None:
         raise ValueError(f"a number or a share such as 2%, got {amount!r}")
     return int(total * float(match[1]) / 100 + 0.5)
+
+
+def seconds_of(duration: str) -> int:
+    """The seconds that a duration such as "45s", "90m", "2h" or "1h30m" means.
+
+    Raises:
+        ValueError: no such duration, or none of at least a second.
+    """
+    match = DURATION.fullmatch(duration)
+    seconds = sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    if not seconds:
+        raise ValueError(f"a duration such as 45s, 90m, 2h or 1h30m, got {duration!r}")
+    return seconds
 
 
 def refuse(expected: str, fix: str = "") -> PydanticCustomError:
@@ -73,6 +87,16 @@ def _checkpointing(value: Any) -> Any:
     if value in ("auto", "all", "none") or _is_count(value, 0):
         return value
     raise refuse("must be auto, all, none or a number of layers")
+
+
+def _duration(value: Any) -> Any:
+    """A text such as 1h30m; a bare number has no unit, and is told how it would be written."""
+    fix = f"write {value}s, {value}m or {value}h" if _is_count(value, 1) else ""
+    try:
+        seconds_of(value if isinstance(value, str) else "")
+    except ValueError:
+        raise refuse("must be a duration such as 45s, 90m, 2h or 1h30m", fix) from None
+    return value
 
 
 def _targets(value: Any) -> Any:
@@ -142,4 +166,7 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 Share = Annotated[str, BeforeValidator(_share), _schema(_SHARE_SCHEMA)]
 Templates = Annotated[
     tuple[str, ...] | Literal["all"], BeforeValidator(_all_or_names), _schema({"const": "all"}, _LIST_SCHEMA)
+]
+Duration = Annotated[
+    str, BeforeValidator(_duration), _schema({"type": "string", "pattern": r"^(?=.*[1-9])(\d+h)?(\d+m)?(\d+s)?$"})
 ]

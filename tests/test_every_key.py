@@ -242,6 +242,7 @@ ELSEWHERE = {  # key: the test below that shows it
     "data.0.revision": "test_the_revision_of_a_data_set_is_asked_of_the_hub",
     "lora.start_from": "test_an_adapter_is_continued",
     "track": "test_a_tracker_is_used_or_missed",
+    "train.budget": "test_a_budget_takes_the_place_of_epochs",
 }
 
 
@@ -349,6 +350,14 @@ def test_a_tracker_is_used_or_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         assert "tensorboard" in found
     assert trained(recipe_with())["trackers"] == []
+
+
+def test_a_budget_takes_the_place_of_epochs() -> None:
+    """The steps that fit into a second, and none counted by epochs."""
+    trained(recipe_with("train.max_steps=null", "train.budget=1s"))
+    (last, *_) = sorted(Path("out/checkpoints").glob("step-*"), reverse=True)
+    run = json.loads((last / "run.json").read_text())
+    assert run["budget"]["points"][-1] == 1.0 and run["resolved"]["steps"] == len(run["budget"]["points"]) - 1
 
 
 def test_the_pieces_are_those_of_the_verb() -> None:

@@ -205,7 +205,7 @@ def _manifest(folder: Path, run: FinishedRun) -> Manifest:
         ),
         libraries=library_versions(),
         seed=run.recipe.seed,
-        ledger=json.loads(_clean(json.dumps(dict(run.ledger)))),
+        ledger=json.loads(without_secrets(json.dumps(dict(run.ledger)))),
         training=run.training,
         scores=dict(run.scores),
     )
@@ -232,8 +232,8 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _clean(text: str) -> str:
-    """The text without the values of secret environment variables."""
+def without_secrets(text: str) -> str:
+    """The text with the values of secret environment variables blacked out."""
     secrets = {
         value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SECRET_LENGTH
     }
@@ -243,7 +243,7 @@ def _clean(text: str) -> str:
 
 
 def _write_text(folder: Path, name: str, text: str) -> None:
-    write_file(folder, name, _clean(text).encode())
+    write_file(folder, name, without_secrets(text).encode())
 
 
 def _write_json(folder: Path, name: str, content: Any) -> None:

@@ -77,7 +77,7 @@ class Attempt:
 
 @dataclass
 class Server:
-    """A warm process for runs (`server.py`); a context manager. `faults`: variables of the injector for all its runs."""
+    """A warm process for runs (`server.py`). `faults`: variables of the injector that hold for all its runs."""
 
     library: Path
     folder: Path

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_tune.adapter.folder import Manifest, Mode, ScoreRecord, claim_folder
+from lora_tune.adapter.claim import Mode, claim_folder, remove_older_run
+from lora_tune.adapter.folder import Manifest, ScoreRecord
 from lora_tune.errors import CheckFailed, Problem, RecipeError, UsageError
 from lora_tune.model.memory import device_budget, plan_memory
 from lora_tune.model.source import BaseSource, check_against_base, find_base, load_tokenizer
 from lora_tune.recipe import Recipe, Train
 from lora_tune.recipe_file import RecipeFile, read_recipe
-from lora_tune.terminal import activity, messages, print_json, print_problems, results, run_app
+from lora_tune.terminal import activity, messages, print_json, print_problems, results, resumable, run_app
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,14 +44,16 @@ def run(file: RecipeFile, *, mode: Mode = "new", trust_remote_code: str | None =
         Interrupted: a signal came; `--resume` goes on from the checkpoint (exit 128 + its number).
     """
     recipe, folder = file.recipe, Path(file.recipe.output)
-    # 1. The base's config and tokenizer: does the recipe fit to them? No weight is read yet.
-    source = find_base(recipe.base, trust_remote_code=trust_remote_code)
-    _report(file, [*file.warnings, *check_against_base(source, lora=recipe.lora, train=recipe.train)])
-    # 2. Every row is read, checked and split; then tokens, loss mask and packing, with an account of all of it.
-    chat, prepared = _prepare(recipe, source, trust_remote_code=trust_remote_code)
-    # 3. What is at `auto` is decided once: micro-batch and checkpointed layers that fit into memory.
     with claim_folder(folder, mode):
+        # 1. The base's config and tokenizer: does the recipe fit to them? No weight is read yet.
+        source = find_base(recipe.base, trust_remote_code=trust_remote_code)
+        _report(file, [*file.warnings, *check_against_base(source, lora=recipe.lora, train=recipe.train)])
+        # 2. Every row is read, checked and split; then tokens, loss mask and packing, with an account of all of it.
+        chat, prepared = _prepare(recipe, source, trust_remote_code=trust_remote_code)
+        # 3. What is at `auto` is decided once: micro-batch and checkpointed layers that fit into memory.
         recipe = _resolve(recipe, source, folder=folder, mode=mode)
+        if mode == "overwrite":
+            remove_older_run(folder)
         # 4. The frozen base, with a trainable adapter on it.
         model = _load(recipe, source, prepared, trust_remote_code=trust_remote_code)
         chat.align(model)
@@ -101,7 +104,7 @@ def _resolve(recipe: Recipe, source: BaseSource, *, folder: Path, mode: Mode) ->
 
     found = newest(folder, report=messages().print) if mode == "resume" else None
     if found is not None:
-        changes = dict(found.run["resolved"])
+        changes = {name: value for name, value in found.run["resolved"].items() if name in Train.model_fields}
     else:
         device, budget_gib = device_budget()
         plan = plan_memory(
@@ -260,7 +263,8 @@ def command(
         raise UsageError("--resume continues a run and --overwrite replaces it", "give one of them")
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
     file = read_recipe(recipe, overrides=overrides or ())
-    manifest, comparison = run(file, mode=mode, trust_remote_code=trust_remote_code)
+    with resumable(Path(file.recipe.output)):
+        manifest, comparison = run(file, mode=mode, trust_remote_code=trust_remote_code)
     if as_json:
         facts = manifest.model_dump(mode="json", include={"base", "training", "scores"})
         print_json({"exit_code": 0, "output": file.recipe.output, **facts})

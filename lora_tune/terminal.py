@@ -19,17 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tune import __version__
-from lora_tune.errors import LoraTuneError, Problem, ResourceError, UsageError
+from lora_tune.disk import disk_text
+from lora_tune.errors import Interrupted, LoraTuneError, Problem, ResourceError, UsageError
+from lora_tune.interrupts import Stop, handled_by, signal_name, stop
 
 if TYPE_CHECKING:
     import typer
     from rich.console import Console
     from rich.progress import Progress
 
-DEBUG = "LORA_TUNE_DEBUG"
-LOG = "lora_tune_error.log"
+LOG = "error.log"
+_GOES_ON = "the same command with --resume goes on from there"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _activity: list[str] = []  # what the command is doing, innermost last: for the report of a fault
+_run_folder: list[Path] = []  # of a run that --resume goes on with
 
 
 def printable(text: str) -> str:
@@ -112,6 +115,14 @@ def activity(doing: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Inside, what ends the command says that `--resume` goes on, and a fault is logged in the run's `checkpoints`."""
+    _run_folder.append(folder)
+    yield
+    _run_folder.pop()  # kept when an exception passes, as above
+
+
     """A rich progress bar on stderr, with count, share and remaining time; silent where stderr is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -126,15 +137,17 @@ def progress_bar() -> Iterator[Progress]:
 def run_app(app: typer.Typer, *, name: str, arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; the one place where an error becomes a line, or the `--json` object.
 
-    0 ok, 1 to 4 as in errors.py, 130 for Ctrl-C. A fault of the program itself is named with what was being done (1);
-    with LORA_TUNE_DEBUG=1 its traceback is written to lora_tune_error.log in the working folder.
+    0 ok, 1 to 4 as in errors.py, 128 + N for a signal. A fault of the program itself is named with what was being done
+    (1); its traceback goes to error.log in the run's `checkpoints`, or in the cache folder.
     """
     import typer.main
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     _activity.clear()
     try:
-        outcome = typer.main.get_command(app).main(given, prog_name=name, standalone_mode=False)
+        with handled_by(stop):
+            outcome = typer.main.get_command(app).main(given, prog_name=name, standalone_mode=False)
+    _run_folder.clear()
         sys.stdout.flush()
         return outcome if isinstance(outcome, int) else 0
     except (BrokenPipeError, SystemExit) as leaving:
@@ -144,6 +157,10 @@ def run_app(app: typer.Typer, *, name: str, arguments: Sequence[str] | None = No
         return 141
     except Exception as error:
         found = _as_error(error, name)
+    except Stop as stopped:
+        ending = f"; {_GOES_ON}" if _run_folder else ""
+        reason = f"stopped by {signal_name(stopped.number)}, while {_doing(name)}{ending}"
+        found: LoraTuneError = Interrupted(stopped.number, reason)
     if "--json" in given:
         print_json({"exit_code": found.exit_code}, found.problems)
     else:
@@ -162,8 +179,9 @@ def _as_error(error: Exception, name: str) -> LoraTuneError:
     if isinstance(error, typer.Abort):
         return UsageError("stopped at a question", f"see {name} --help")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        fix = "make room; --resume goes on from the newest checkpoint"
-        return ResourceError(f"the disk is full, while {_doing(name)}", fix)
+        fix = f"make room; {_GOES_ON}" if _run_folder else "make room"
+        path = _run_folder[-1] if _run_folder else Path(error.filename or ".")
+        return ResourceError(f"the disk is full, while {_doing(name)}: {disk_text(error, path)}", fix)
     if isinstance(error, PermissionError) and error.filename is not None:
         return UsageError(f"{error.filename}: permission denied, while {_doing(name)}", "allow it, or name another")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own, without torch
@@ -175,12 +193,25 @@ def _as_error(error: Exception, name: str) -> LoraTuneError:
 def _fault(error: Exception, name: str) -> LoraTuneError:
     """A fault of the program: what was being done, what Python said, where the traceback is."""
     said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    fix = f"please report it; run again with {DEBUG}=1 to write the traceback to {LOG}"
-    if os.environ.get(DEBUG) == "1":
-        Path(LOG).write_text(f"lora_tune {__version__}\n{''.join(traceback.format_exception(error))}")
-        fix = f"please report it with {LOG}"
+    log = _log_folder() / LOG
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"lora_tune {__version__}\n{''.join(traceback.format_exception(error))}", encoding="utf-8")
+        fix = f"please report it with {log}"
+    except OSError as unwritten:
+        fix = f"please report it; its traceback could not be written ({disk_text(unwritten, log)})"
+    fix += f"; {_GOES_ON}" if _run_folder else ""
     return LoraTuneError(f"a fault in lora_tune, while {_doing(name)}: {said}", fix)
 
 
 def _doing(name: str) -> str:
     return _activity[-1] if _activity else f"running {name}"
+def _log_folder() -> Path:
+    """The run's `checkpoints`, which are never shared; without a run the cache folder."""
+    import platformdirs
+
+    if _run_folder and (_run_folder[-1] / "checkpoints").is_dir():
+        return _run_folder[-1] / "checkpoints"
+    return Path(os.environ.get("LORA_TUNE_CACHE") or platformdirs.user_cache_dir("lora_tune", appauthor=False))
+
+

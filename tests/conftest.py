@@ -20,7 +20,7 @@ os.environ.update(
     NO_COLOR="1",
     MPLBACKEND="Agg",
 )
-for name in ("HF_TOKEN", "LORA_TUNE_DEBUG", "FORCE_COLOR", "CLICOLOR_FORCE"):
+for name in ("HF_TOKEN", "FORCE_COLOR", "CLICOLOR_FORCE"):
     os.environ.pop(name, None)
 
 import tiny  # noqa: E402  (after the environment is set)

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 
 from lora_tune.adapter.card import Sample
-from lora_tune.adapter.folder import ScoreRecord, TrainingRecord, claim_folder
+from lora_tune.adapter.claim import claim_folder
+from lora_tune.adapter.folder import ScoreRecord, TrainingRecord
 from lora_tune.adapter.vectors import make_test_vectors, precision
 from lora_tune.adapter.write import FinishedRun, write_run
 from lora_tune.data.chat_template import load_chat_template

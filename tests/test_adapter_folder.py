@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,10 +14,10 @@ import torch
 from transformers import AutoTokenizer
 
 from lora_tune.adapter import folder as layout
-from lora_tune.adapter.folder import FILES, MANIFEST, claim_folder, file_record, read_manifest
+from lora_tune.adapter.folder import FILES, MANIFEST, file_record, read_manifest
 from lora_tune.adapter.load import attach_saved, load_adapter, read_adapter
 from lora_tune.adapter.write import stored_recipe, write_run
-from lora_tune.errors import CheckFailed, UsageError
+from lora_tune.errors import CheckFailed, ResourceError
 from lora_tune.model.base import load_base
 from lora_tune.model.source import find_base
 from lora_tune.recipe import Base
@@ -178,80 +176,6 @@ def test_the_stored_recipe_reads_back_without_a_path(tiny_base: Path, tmp_path: 
     assert again.train == recipe.train
 
 
-# ----- who may write -----
-def _run_folder(folder: Path, *names: str) -> Path:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("x")
-    return folder
-
-
-CLAIMS = [
-    ((), {"new": None, "resume": None, "overwrite": None}),
-    (("checkpoints/.lock",), {"new": None, "resume": None, "overwrite": None}),
-    (("recipe.yaml", "checkpoints/5/state.json"), {"new": "in use", "resume": None, "overwrite": None}),
-    (("recipe.yaml", "manifest.json"), {"new": "in use", "resume": "finished", "overwrite": None}),
-    (("thesis.doc",), {"new": "in use", "resume": "no run folder", "overwrite": "no run folder"}),
-]
-
-
-@pytest.mark.parametrize("mode", ["new", "resume", "overwrite"])
-@pytest.mark.parametrize("held, expected", CLAIMS)
-def test_claims(mode: layout.Mode, held: tuple[str, ...], expected: dict[str, str | None], tmp_path: Path) -> None:
-    folder = _run_folder(tmp_path / "run", *held)
-    reason = expected[mode]
-    if reason is None:
-        with claim_folder(folder, mode):
-            assert folder.is_dir()
-    else:
-        before = sorted(folder.rglob("*"))
-        with pytest.raises(UsageError, match=reason), claim_folder(folder, mode):
-            pass
-        assert sorted(folder.rglob("*")) == before  # refused without a trace
-
-
-def test_overwrite_removes_documented_files_and_nothing_else(tmp_path: Path) -> None:
-    folder = _run_folder(tmp_path / "run", *FILES, "checkpoints/5/a/b", "checkpoints/x", "mine.txt", "more/README.md")
-    target = _run_folder(tmp_path / "elsewhere", "kept")
-    (folder / "checkpoints" / "link").symlink_to(target)
-    with claim_folder(folder, "overwrite"):
-        left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-        assert left == {"mine.txt", "more/README.md", "checkpoints/.lock"}
-    assert (target / "kept").exists()
-
-
-def test_a_file_or_an_unwritable_place_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match="is a file"), claim_folder(tmp_path / "file", "new"):
-        pass
-    with pytest.raises(UsageError, match="cannot be written"), claim_folder(tmp_path / "file" / "below", "new"):
-        pass
-
-
-HOLDER = """
-import pathlib, sys
-from lora_tune.adapter.folder import claim_folder
-with claim_folder(pathlib.Path(sys.argv[1]), "new"):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_second_process_is_refused_while_the_first_one_writes_and_a_dead_one_does_not_hold(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(layout.__file__).parents[2])}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
-    ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match="another run"), claim_folder(tmp_path / "run", "new"):
-            pass
-        process.kill()
-    with claim_folder(tmp_path / "run", "new"):
-        pass
-
-
 def test_a_write_that_fails_leaves_no_manifest_and_no_half_file(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +199,7 @@ def test_a_write_that_fails_leaves_no_manifest_and_no_half_file(
         count, failing_at = 0, number
         for path in tmp_path.iterdir():
             path.unlink()
-        with pytest.raises(UsageError, match="No space left"):
+        with pytest.raises(ResourceError, match="No space left"):
             write_run(tmp_path, run)
         names = {path.name for path in tmp_path.iterdir()}
         assert MANIFEST not in names and names < whole
@@ -295,10 +219,3 @@ def test_a_damaged_manifest_is_one_line(written: tuple[Path, torch.Tensor], tmp_
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(CheckFailed, match="not finished"):
         read_manifest(tmp_path)
-
-
-def test_a_claim_that_wrote_nothing_leaves_nothing(tmp_path: Path) -> None:
-    """A run that is refused by its memory plan has claimed its folder already."""
-    with pytest.raises(UsageError), claim_folder(tmp_path / "run", "new"):
-        raise UsageError("does not fit")
-    assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ import typer
 from lora_tune import __version__
 from lora_tune.cli import COMMANDS, main
 from lora_tune.errors import CheckFailed, DataError, Interrupted, Problem, ResourceError
-from lora_tune.terminal import LOG, activity, print_table, printable, progress_bar, run_app
+from lora_tune.terminal import LOG, activity, print_table, printable, progress_bar, resumable, run_app
 
 HEAVY = {"torch", "transformers", "numpy", "peft", "datasets", "trl", "pandas", "pyarrow", "matplotlib"}
 
@@ -259,14 +259,35 @@ def test_errors_become_one_line_and_an_exit_code(
         assert answer["exit_code"] == code and answer["problems"][0]["reason"]
 
 
-def test_the_traceback_of_a_fault_goes_to_a_log_when_asked(
+def test_the_traceback_of_a_fault_goes_to_a_log_of_the_run_or_of_the_cache(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LORA_TUNE_DEBUG", "1")
+    monkeypatch.setenv("LORA_TUNE_CACHE", str(tmp_path / "cache"))
     assert run_app(raising(ZeroDivisionError("oh")), name="x", arguments=[]) == 1
-    assert "Traceback" not in capsys.readouterr().err
-    assert "ZeroDivisionError: oh" in (tmp_path / LOG).read_text()
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and "--resume" not in said and str(tmp_path / "cache" / LOG) in said
+    assert "ZeroDivisionError: oh" in (tmp_path / "cache" / LOG).read_text()
+
+    def body() -> None:
+        (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+        with resumable(tmp_path / "out"), activity("training"):
+            raise ZeroDivisionError("again")
+
+    assert run_app(app_of(body), name="x", arguments=[]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "while training" in said and "--resume goes on" in said
+    assert "ZeroDivisionError: again" in (tmp_path / "out" / "checkpoints" / LOG).read_text()
+    assert str(tmp_path / "out" / "checkpoints" / LOG) in said
+
+
+def test_a_log_that_cannot_be_written_is_no_second_fault(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LORA_TUNE_CACHE", str(tmp_path / "file" / "below"))
+    assert run_app(raising(ZeroDivisionError("oh")), name="x", arguments=[]) == 1
+    said = capsys.readouterr().err
+    assert "ZeroDivisionError: oh" in said and "could not be written" in said and len(said.splitlines()) == 1
 
 
 def test_what_is_done_is_forgotten_when_it_is_done(capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,14 +314,38 @@ def test_a_reader_that_leaves_is_no_fault() -> None:
     writer.stderr.close()
 
 
-def test_ctrl_c_is_130(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys, typer; from lora_tune.terminal import run_app; app = typer.Typer()\n"
-        "@app.command()\ndef command() -> None:\n    os.kill(os.getpid(), signal.SIGINT)\n    signal.pause()\n"
-        "sys.exit(run_app(app, name='x'))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "")
+SIGNALLED = """
+import os, signal, sys, typer
+from lora_tune.terminal import activity, run_app
+app = typer.Typer()
+@app.command()
+def command() -> None:
+    with activity("thinking"):
+        try:
+            os.kill(os.getpid(), int(sys.argv[1]))
+            signal.pause()
+        except Exception:  # as libraries do
+            print("swallowed")
+        finally:
+            print("left")
+sys.exit(run_app(app, name="x", arguments=[]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_a_command_in_one_line(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", SIGNALLED, str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (128 + number, "left\n")
+    assert done.stderr == f"stopped by {number.name}, while thinking\n"
+
+
+def test_nohup_goes_on_through_a_hangup() -> None:
+    code = SIGNALLED.replace("signal.pause()", "print('went on')")
+    quiet = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{code}"
+    command = [sys.executable, "-c", quiet, str(int(signal.SIGHUP))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\nleft\n", "")
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ RECIPE_LAYER = {
     "yaml_tree",
     "foreign_keys",
     "terminal",
+    "disk",
+    "interrupts",
 }
 VERBS = {module.removeprefix("lora_tune.") for module, _ in COMMANDS.values()} | {"cli", "__main__"}
 VERB_LAYER = 9
@@ -53,10 +55,13 @@ COLD = [
     "lora_tune.foreign_keys",
     "lora_tune.yaml_tree",
     "lora_tune.terminal",
+    "lora_tune.disk",
+    "lora_tune.interrupts",
     "lora_tune.cli",
     "lora_tune.model.source",
     "lora_tune.model.memory",
     "lora_tune.adapter.folder",
+    "lora_tune.adapter.claim",
 ]  # fmt: skip
 DISTRIBUTION = {"pynvml": "nvidia-ml-py", "pydantic_core": "pydantic", "ruamel": "ruamel.yaml"}
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_tune.adapter.regular_file import read_json, read_json_object
-from lora_tune.errors import CheckFailed, Problem, UsageError
+from lora_tune.disk import FULL, disk_text
+from lora_tune.errors import CheckFailed, LoraTuneError, Problem, ResourceError, UsageError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -28,7 +26,6 @@ WEIGHTS = "adapter_model.safetensors"
 TEMPLATE = "chat_template.jinja"
 VECTORS = "test_vectors.json"
 CHECKPOINTS = "checkpoints"
-_LOCK = ".lock"  # inside the checkpoints folder, so that it is never shared
 _MANIFEST_BYTES = 8 << 20
 _JSON_BYTES = 64 << 20
 
@@ -53,8 +50,6 @@ FILES: dict[str, str] = {
     MANIFEST: "hashes of all other files, identities of base and data, scores",
 }
 """Every file that a run folder may hold, besides the sub-folder `checkpoints/`, which is never shared."""
-
-Mode = Literal["new", "resume", "overwrite"]
 
 
 class _Record(BaseModel):
@@ -210,7 +205,7 @@ def read_part(folder: Path, name: str) -> Any:
 def write_file(folder: Path, name: str, data: bytes) -> Path:
     """Write one documented file under a temporary name, flush it to the disk, then rename it.
 
-    Raises: UsageError where the disk refuses.
+    Raises: UsageError where the disk refuses, ResourceError where it is full.
     """
     if name not in FILES and not name.startswith("example"):
         raise ValueError(f"{name} is no file of an adapter folder")
@@ -223,7 +218,7 @@ def write_file(folder: Path, name: str, data: bytes) -> Path:
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _unwritable(target, error) from None
+        raise unwritable(target, error) from None
     return target
 
 
@@ -244,92 +239,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return complete
 
 
-@contextmanager
-def claim_folder(folder: Path, mode: Mode) -> Iterator[None]:
-    """Hold a run folder while a run writes into it; a second run is refused at once.
-
-    `new` wants a folder that is missing or empty, `resume` one that is missing, empty or an unfinished run,
-    `overwrite` removes what a run folder is documented to hold (`FILES`, `checkpoints/`) and nothing else.
-
-    Raises: UsageError.
-    """
-    from filelock import FileLock, Timeout
-
-    _refuse_use(folder, mode)
-    checkpoints = folder / CHECKPOINTS
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(checkpoints / _LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        fix = "wait for it, or choose another output"
-        raise UsageError(Problem("another run is writing into this folder", fix, str(folder), key="output")) from None
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-    try:
-        _refuse_use(folder, mode)  # what another run finished between the look and the lock
-        if mode == "overwrite":
-            _remove_documented(folder)
-        yield
-    finally:
-        lock.release()
-        if not _held(folder):  # refused before anything was written: nothing is left behind
-            with suppress(OSError):
-                (checkpoints / _LOCK).unlink(missing_ok=True)
-                checkpoints.rmdir()
-                folder.rmdir()
-
-
-def _refuse_use(folder: Path, mode: Mode) -> None:
-    """Raise UsageError where `mode` does not fit to what the folder holds."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(Problem("is a file", "choose another output", str(folder), key="output"))
-    held = _held(folder)
-    if not held:
-        return
-    known = [name for name in held if name in FILES or name == CHECKPOINTS]
-    shown = ", ".join(held[:3]) + (" …" if len(held) > 3 else "")
-    if mode == "new":
-        fix = (
-            "choose another output"
-            if not known
-            else "continue with --resume, start again with --overwrite, or choose another output"
-        )
-        raise UsageError(Problem(f"the folder is in use: it holds {shown}", fix, str(folder), key="output"))
-    if not known:
-        raise UsageError(
-            Problem(f"is no run folder: it holds {shown}", "choose another output", str(folder), key="output")
-        )
-    if mode == "resume" and MANIFEST in held:
-        fix = "start again with --overwrite, or continue it as a new run with lora.start_from"
-        raise UsageError(Problem("the run is finished", fix, str(folder), key="output"))
-
-
-def _held(folder: Path) -> list[str]:
-    """What the folder holds, the empty checkpoints folder and its lock left out."""
-    if not folder.is_dir():
-        return []
-    names = sorted(entry.name for entry in folder.iterdir())
-    checkpoints = folder / CHECKPOINTS
-    if CHECKPOINTS in names and checkpoints.is_dir() and all(entry.name == _LOCK for entry in checkpoints.iterdir()):
-        names.remove(CHECKPOINTS)
-    return names
-
-
-def _remove_documented(folder: Path) -> None:
-    """Remove an older run, its manifest first, so that half a folder never counts as finished."""
-    try:
-        for name in (MANIFEST, *(name for name in FILES if name != MANIFEST)):
-            (folder / name).unlink(missing_ok=True)
-            (folder / f".{name}.tmp").unlink(missing_ok=True)
-        for entry in (folder / CHECKPOINTS).iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != _LOCK:
-                entry.unlink()
-    except OSError as error:
-        raise _unwritable(folder, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> UsageError:
+def unwritable(path: Path, error: OSError) -> LoraTuneError:
+    """What to say where the disk refuses a file or folder: a full disk is exit 4, everything else exit 2."""
+    if error.errno in FULL:
+        reason = f"cannot be written: {disk_text(error, path)}"
+        return ResourceError(Problem(reason, "make room; a run goes on with --resume", str(path), key="output"))
     return UsageError(Problem(f"cannot be written: {error.strerror}", "choose another output", str(path), key="output"))

@@ -67,14 +67,16 @@ def print_problems(problems: Sequence[Problem], *, shown: int = 20) -> None:
         console.print(f"… and {len(problems) - shown} more (all of them with --json)")
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on stdout: first column left, the others right; `columns` carry their units, such as `peak (GiB)`."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, left: Sequence[int] = (0,)
+) -> None:
+    """A table on stdout; `columns` carry their units, such as `peak (GiB)`, right-aligned but for those `left`."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if number else "left", overflow="fold")
+        table.add_column(Text(column), justify="left" if number in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(number_text(value))) for value in row))
     console = results()
@@ -114,8 +116,6 @@ def activity(doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-@contextmanager
 def resumable(folder: Path) -> Iterator[None]:
     """Inside, what ends the command says that `--resume` goes on, and a fault is logged in the run's `checkpoints`."""
     _run_folder.append(folder)
@@ -123,6 +123,8 @@ def resumable(folder: Path) -> Iterator[None]:
     _run_folder.pop()  # kept when an exception passes, as above
 
 
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
     """A rich progress bar on stderr, with count, share and remaining time; silent where stderr is no terminal."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -144,10 +146,10 @@ def run_app(app: typer.Typer, *, name: str, arguments: Sequence[str] | None = No
 
     given = list(sys.argv[1:] if arguments is None else arguments)
     _activity.clear()
+    _run_folder.clear()
     try:
         with handled_by(stop):
             outcome = typer.main.get_command(app).main(given, prog_name=name, standalone_mode=False)
-    _run_folder.clear()
         sys.stdout.flush()
         return outcome if isinstance(outcome, int) else 0
     except (BrokenPipeError, SystemExit) as leaving:
@@ -155,12 +157,12 @@ def run_app(app: typer.Typer, *, name: str, arguments: Sequence[str] | None = No
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left, as in `| head`; the rest goes nowhere
         return 141
-    except Exception as error:
-        found = _as_error(error, name)
     except Stop as stopped:
         ending = f"; {_GOES_ON}" if _run_folder else ""
         reason = f"stopped by {signal_name(stopped.number)}, while {_doing(name)}{ending}"
         found: LoraTuneError = Interrupted(stopped.number, reason)
+    except Exception as error:
+        found = _as_error(error, name)
     if "--json" in given:
         print_json({"exit_code": found.exit_code}, found.problems)
     else:
@@ -204,8 +206,6 @@ def _fault(error: Exception, name: str) -> LoraTuneError:
     return LoraTuneError(f"a fault in lora_tune, while {_doing(name)}: {said}", fix)
 
 
-def _doing(name: str) -> str:
-    return _activity[-1] if _activity else f"running {name}"
 def _log_folder() -> Path:
     """The run's `checkpoints`, which are never shared; without a run the cache folder."""
     import platformdirs
@@ -215,3 +215,5 @@ def _log_folder() -> Path:
     return Path(os.environ.get("LORA_TUNE_CACHE") or platformdirs.user_cache_dir("lora_tune", appauthor=False))
 
 
+def _doing(name: str) -> str:
+    return _activity[-1] if _activity else f"running {name}"

@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "preview": ("lora_tune.preview", "Show the rows as they will be trained: tokens, loss mask, ledger."),
     "adapters": ("lora_tune.adapters", "Look at adapter folders and verify them."),
     "merge": ("lora_tune.merge", "Fold an adapter into its base and prove it."),
+    "export": ("lora_tune.export", "Write an adapter in the layout of another engine."),
+    "rehearse": ("lora_tune.rehearse", "Rehearse the whole journey of a recipe on a small model."),
     "recipe": ("lora_tune.recipes", "Check a recipe; print the JSON Schema of recipes."),
 }
 HELP = f"""lora-tune {__version__}: from one recipe to a proven LoRA adapter folder.

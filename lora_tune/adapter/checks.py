@@ -29,12 +29,14 @@ from lora_tune.adapter.folder import (
 from lora_tune.adapter.lora_config import LoraSettings, check_config, read_settings
 from lora_tune.adapter.regular_file import read_json_object, regular_file
 from lora_tune.adapter.tensor_file import TensorEntry, read_header, worst_value
+from lora_tune.adapter.words import check_tokenizer, differs
 from lora_tune.errors import CheckFailed, Problem
 
 CONFIG_BYTES = 1 << 20
 MOST_VALUE = 1e5  # of any number in the file; trained ones stay below 1000
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".msgpack", ".h5")
 _TRAINERS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
+_OTHER_KINDS = {"adapters.safetensors": "mlx-lm", "pytorch_adapter.bin": "AdapterHub"}
 _SHOWN = 5  # tensors that are named where many are wrong
 
 
@@ -48,6 +50,9 @@ class Subject:
     base_name: str | None = None
     base_fingerprint: str | None = None
     """sha256 of the base at hand."""
+    base_folder: Path | None = None
+    architecture: str | None = None
+    """The base's `model_type`."""
     content: dict[str, Any] = field(default_factory=dict)
     header: dict[str, TensorEntry] = field(default_factory=dict)
     settings: LoraSettings | None = None
@@ -85,6 +90,15 @@ def run_checks(subject: Subject) -> list[Problem]:
 def _is_folder(subject: Subject) -> Iterator[Problem]:
     if not subject.folder.is_dir():
         yield Problem("is no folder", "give the folder that holds adapter_config.json", str(subject.folder))
+
+
+def _no_other_kinds(subject: Subject) -> Iterator[Problem]:
+    """Folders of other libraries that are told by a file's name."""
+    if (subject.folder / WEIGHTS).exists():
+        return
+    for name, library in _OTHER_KINDS.items():
+        if (subject.folder / name).exists():
+            yield Problem(f"not supported: an adapter of {library}", "use one in PEFT's format", subject.at(name))
 
 
 def _regular_files(subject: Subject) -> Iterator[Problem]:
@@ -300,6 +314,16 @@ def _template(subject: Subject) -> Iterator[Problem]:
         yield Problem("is missing", "write the folder again", subject.at(TEMPLATE))
 
 
+def _words(subject: Subject) -> Iterator[Problem]:
+    """The tokenizer against the base's, and a template that the base does not have: no server would take them."""
+    if subject.base_folder is None:
+        return
+    yield from check_tokenizer(subject.folder, subject.base_folder)
+    if subject.manifest is None and differs(subject.folder, subject.base_folder):
+        reason = "is another chat template than its base's"
+        yield Problem(reason, "render prompts by it, not by the base's", subject.at(TEMPLATE), severity="note")
+
+
 def _list(names: list[str]) -> str:
     shown = ", ".join(name[:120] for name in names[:_SHOWN])
     return shown + (" …" if len(names) > _SHOWN else "")
@@ -307,12 +331,13 @@ def _list(names: list[str]) -> str:
 
 STAGES: tuple[tuple[Check, ...], ...] = (
     (_is_folder,),
+    (_no_other_kinds,),
     (_no_pickles, _regular_files, _no_unknown_files),
     (_config_fields,),
     (_manifest, _hashes),
     (_header,),
     (_tensor_names,),
     (_values,),
-    (_base, _template),
+    (_base, _template, _words),
 )
 """Stages of checks, in order."""

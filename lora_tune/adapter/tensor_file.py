@@ -41,7 +41,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """
     size = regular_file(path)
     with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        first = stream.read(8)
+        if first == b"version " and size < 1024:
+            raise CheckFailed(Problem("is a Git LFS pointer, not the file itself", "run git lfs pull", str(path)))
+        length = int.from_bytes(first, "little")
         if size < 10 or not 2 <= length <= size - 8:
             raise _damaged(path, f"the header's length must be between 2 and the file's {size} bytes, got {length}")
         if length > HEADER_BYTES:

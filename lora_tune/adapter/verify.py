@@ -6,6 +6,7 @@ it through the one loader and replays the test vectors in this process.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any, Literal
 
 from lora_tune.adapter import tensor_file
 from lora_tune.adapter.checks import Subject, run_checks
-from lora_tune.adapter.expected_keys import module_shapes
+from lora_tune.adapter.compat import Traits, traits_of
+from lora_tune.adapter.expected_keys import PREFIX, module_shapes
 from lora_tune.adapter.folder import MANIFEST, VECTORS, WEIGHTS, Manifest, read_manifest, read_part
+from lora_tune.adapter.words import differs
 from lora_tune.errors import CheckFailed, LoraTuneError, Problem
 from lora_tune.model import hub
 from lora_tune.model.source import BaseSource, base_fingerprint, find_base
@@ -22,6 +25,7 @@ from lora_tune.model.weights import tensor_infos, weight_files
 from lora_tune.recipe import Base
 
 Depth = Literal["quick", "full"]
+_UPDATED = re.compile(re.escape(PREFIX) + r"(?P<module>[A-Za-z0-9_.]+)\.lora_(A\.weight|embedding_A)$")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class VerifyReport:
 
     problems: tuple[Problem, ...]
     facts: Mapping[str, Any]
+    subject: Subject
+    """The folder as the checks have read it."""
 
     @property
     def errors(self) -> tuple[Problem, ...]:
@@ -62,7 +68,7 @@ def verify_folder(
         else:
             section = base or _recorded_base(subject.manifest)
             problems += _replay(subject, source, section, facts, trusted=trust_remote_code)
-    return VerifyReport(tuple(problems), facts)
+    return VerifyReport(tuple(problems), facts, subject)
 
 
 def base_of(manifest: Manifest, *, name: str | None = None, quantize: str | None = None) -> Base:
@@ -128,7 +134,8 @@ def _recorded_base(manifest: Manifest | None) -> Base:
 
 def _describe_base(subject: Subject, source: BaseSource) -> None:
     """Shapes and fingerprint of the base, as far as its weights are on this machine."""
-    subject.base_name = source.name
+    subject.base_name, subject.base_folder = source.name, source.folder
+    subject.architecture = source.config.get("model_type")
     if weight_files(source.folder):
         infos = tensor_infos(source.folder)
         subject.shapes = module_shapes({name: info.shape for name, info in infos.items()}, config=source.config)
@@ -155,6 +162,23 @@ def _facts(subject: Subject) -> dict[str, Any]:
         facts["scores"] = {name: score.model_dump(mode="json") for name, score in subject.manifest.scores.items()}
         facts["files"] = len(subject.manifest.files)
     return facts
+
+
+def engine_traits(subject: Subject) -> Traits:
+    """What engines differ in, of a folder that passed the checks; what its base would tell stays open without it."""
+    manifest, settings = subject.manifest, subject.known_settings()
+    if manifest is not None:
+        own_template: bool | None = manifest.chat.origin != "base"
+    else:
+        own_template = differs(subject.folder, subject.base_folder) if subject.base_folder else None
+    modules = {match["module"] for key in subject.header if (match := _UPDATED.match(key))}
+    return traits_of(
+        settings,
+        tuple(sorted(modules)),
+        quantize=manifest.base.quantize if manifest else None,
+        own_template=own_template,
+        architecture=subject.architecture,
+    )
 
 
 def _replay(

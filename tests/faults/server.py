@@ -1,10 +1,10 @@
 """A warm process that runs `lora-tune run` in forks of itself, so that a case costs one run and no imports.
 
 Started by `driver.Server` with the injector preloaded. It reads one JSON request a line from stdin and answers with
-one line on stdout: `{"id", "code"}` (negative for a signal). What a fork takes from the server, and a fresh process would do
-anew: imported modules, the answers of the child that renders chat templates, and the hash seed of strings. Random
-numbers are stirred in every fork. The proof at the end of a run is made by a fork as well. `driver.process` runs the
-same case as a process of its own.
+one line on stdout: `{"id", "code"}` (negative for a signal). What a fork takes from the server, and a fresh process
+would do anew: imported modules, the answers of the child that renders chat templates, and the hash seed of strings.
+Random numbers are stirred in every fork. The proof at the end of a run is made by a fork as well. `driver.process`
+runs the same case as a process of its own.
 """
 
 from __future__ import annotations

@@ -179,7 +179,8 @@ def test_what_a_checkpoint_holds(tiny_base: Path, tmp_path: Path) -> None:
     trainer.train()
     found = checkpoint.newest(tmp_path, report=pytest.fail)
     assert found is not None
-    assert found.run["identity"] == {"seed": 1} and found.run["resolved"] == {"micro_batch_size": 4}
+    resolved = {"micro_batch_size": 4, "accumulation": 1, "steps": 1, "replans": []}
+    assert found.run["identity"] == {"seed": 1} and found.run["resolved"] == resolved
     assert {path.suffix for path in found.folder.iterdir()} == {".safetensors", ".json"}
     for path in found.folder.glob("*.json"):
         json.loads(path.read_text())

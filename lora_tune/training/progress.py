@@ -26,7 +26,7 @@ METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
 _PLAIN_EVERY_S = 15.0  # seconds between lines where stderr is no terminal
 _WINDOW = 50  # steps over which speed is averaged
-_STEP_KEYS = ("grad_norm", "learning_rate", "tokens", "trained_tokens", "step_s", "gib")
+_STEP_KEYS = ("grad_norm", "learning_rate", "tokens", "trained_tokens", "step_s", "gib", "micro_batch_size")
 # recipe name -> packages of which one must be installed
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -50,11 +50,15 @@ class TrainingDisplay(TrainerCallback):
         self._task = TaskID(0)
         self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
         self._said = 0.0
+        self._before: list[dict[str, Any]] = []  # rows of what happened before the file was opened
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the file, cut back to the step at which the training goes on, and start the live line."""
         keep_metrics(self.path, up_to_step=state.global_step)
         self._file = self.path.open("a", encoding="utf-8")
+        for row in self._before:
+            self._write(row)
+        self._before = []
         console = messages()
         if self.style == "auto" and console.is_terminal:
             text = TextColumn("{task.description}", markup=False)
@@ -84,6 +88,14 @@ class TrainingDisplay(TrainerCallback):
             self._write({"step": step, "answers": [list(pair) for pair in answers]})
         for prompt, answer in answers:
             self._say(f"  {_short(prompt)} → {_short(answer)}")
+
+    def on_replan(self, replan: Mapping[str, Any]) -> None:
+        """Write that the training goes on with another plan from `replan["step"]` on (0: before it starts)."""
+        row = {"step": replan["step"], "replan": dict(replan)}
+        if self._file is not None:
+            self._write(row)
+        else:
+            self._before.append(row)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Bring the file to the disk with the checkpoint."""

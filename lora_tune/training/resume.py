@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from lora_tune.errors import Problem, UsageError
 from lora_tune.model.methods import adapter_state, load_adapter_state
 from lora_tune.training import checkpoint, state
 from lora_tune.training.evaluations import Evaluations, Standing
 from lora_tune.training.guard import StepGuard, require_finite
+from lora_tune.training.identity import check_identity
 from lora_tune.training.progress import TrainingDisplay
 from lora_tune.training.schedule import Steps
 
@@ -28,12 +30,13 @@ class RunFacts:
     """What a run knows besides how to train; all of it may be left out.
 
     `identity` is compared field by field at resume; `resolved` holds values fixed at the start of the run; both stand
-    in every checkpoint. `groups` makes the optimizer's parameter groups (LoRA+). `sources` names the data sources
+    in every checkpoint. `allowed` names the fields of it that may have changed (`--allow-change`). `groups` makes the optimizer's parameter groups (LoRA+). `sources` names the data sources
     by number for messages about rows; `report` gets lines worth reading, such as a checkpoint that was not written.
     """
 
     identity: Mapping[str, Any] = field(default_factory=dict)
     resolved: Mapping[str, Any] = field(default_factory=dict)
+    allowed: Collection[str] = ()
     groups: Callable[[], list[dict[str, Any]]] | None = None
     sources: Sequence[str] = ()
     display: TrainingDisplay | None = None
@@ -53,6 +56,7 @@ class ResumableTrainer(Trainer):
     guard: StepGuard
     keep_checkpoints: int
     saved_step: int | None = None
+    rescheduled = False  # the run goes on with another number of steps
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
@@ -70,13 +74,7 @@ class ResumableTrainer(Trainer):
         """What a checkpoint consists of, as functions that write it."""
         tensors = adapter_state(self.model)
         scaler = self.accelerator.scaler
-        run = {
-            "identity": dict(self.facts.identity),
-            "resolved": dict(self.facts.resolved),
-            "steps": self.steps.as_json(),
-            "evaluations": self.evaluations.as_json() if self.evaluations else None,
-            "guard": self.guard.as_json(),
-        }
+        run = self.run_state()
         schedule = {"schedule": self.lr_scheduler.state_dict(), "scaler": scaler.state_dict() if scaler else None}
         best = self.evaluations.best_tensors if self.evaluations else {}
 
@@ -96,6 +94,24 @@ class ResumableTrainer(Trainer):
         }
         return files | ({"best.safetensors": partial(state.write_tensors, best)} if best else {})
 
+    def resolved(self) -> dict[str, Any]:
+        """Every value that was decided at run time."""
+        return dict(self.facts.resolved)
+
+    def run_state(self) -> dict[str, Any]:
+        """What the run knows besides tensors, for `run.json`; `go_on` gets it back."""
+        return {
+            "identity": dict(self.facts.identity),
+            "resolved": self.resolved(),
+            "steps": self.steps.as_json(),
+            "evaluations": self.evaluations.as_json() if self.evaluations else None,
+            "guard": self.guard.as_json(),
+        }
+
+    def go_on(self, run: Mapping[str, Any]) -> None:
+        """Take up what the run to resume had come to."""
+        self.guard.go_on(run["guard"])
+
     def checkpoint_to_resume(self, asked: str | bool | None) -> checkpoint.Checkpoint | None:
         if not asked:
             return None
@@ -104,14 +120,29 @@ class ResumableTrainer(Trainer):
         if found is None:
             self.facts.report("there is no checkpoint yet: training starts at step 0")
             return None
-        checkpoint.check_identity(found.run["identity"], self.facts.identity)
-        checkpoint.check_identity({"steps": found.run["steps"]}, {"steps": self.steps.as_json()})
-        self.guard.go_on(found.run["guard"])
+        check_identity(found.run["identity"], self.facts.identity, allowed=self.facts.allowed)
+        self._check_steps(found)
+        self.go_on(found.run)
         if self.evaluations:
             self.evaluations.standing = self.standing_in(found)
             best = found.folder / "best.safetensors"
             self.evaluations.best_tensors = load_file(best) if best.exists() else {}
         return found
+
+    def _check_steps(self, found: checkpoint.Checkpoint) -> None:
+        """Refuse a resumed run of other steps, unless it was asked for. Raises: UsageError."""
+        allowed, total = self.facts.allowed, self.steps.total_steps
+        before, now = dict(found.run["steps"]), self.steps.as_json()
+        if {"train.max_steps", "train.epochs"} & set(allowed):
+            if total < found.step:
+                reason = f"{total} steps are asked for, but the checkpoint has {found.step} behind it"
+                raise UsageError(Problem(reason, "ask for more, or start a new run", key="train.max_steps"))
+            for name in ("total_steps", "warmup_steps"):
+                self.rescheduled |= before.pop(name) != now.pop(name)
+        if "train.micro_batch_size" in allowed:
+            for name in ("micro_batch_size", "accumulation"):
+                before.pop(name), now.pop(name)
+        check_identity({"steps": before}, {"steps": now})
 
     @staticmethod
     def standing_in(found: checkpoint.Checkpoint) -> Standing:
@@ -125,6 +156,11 @@ class ResumableTrainer(Trainer):
             path = Path(checkpoint) / "optimizer.safetensors"
             state.read_optimizer(self.optimizer, tensors=path, text=path.with_suffix(".json"))
             self.lr_scheduler.load_state_dict(_read_json(Path(checkpoint) / "schedule.json")["schedule"])
+            if self.rescheduled:  # the stored learning rate is that of the old number of steps
+                schedule = self.lr_scheduler
+                factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+                for group, base, factor in zip(self.optimizer.param_groups, schedule.base_lrs, factors, strict=True):
+                    group["lr"] = base * factor
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:

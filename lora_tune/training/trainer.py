@@ -35,7 +35,8 @@ from lora_tune.training.evaluations import Evaluation, Evaluations
 from lora_tune.training.guard import StepGuard, StepNumbers, largest_weight, places
 from lora_tune.training.loss import summed_loss
 from lora_tune.training.moments import Moments
-from lora_tune.training.resume import ResumableTrainer, RunFacts
+from lora_tune.training.replan import ReplanningTrainer
+from lora_tune.training.resume import RunFacts
 from lora_tune.training.schedule import SCHEDULES, Steps, mixed_precision, optimizer_name, plan_steps
 from lora_tune.training.signals import SignalWatch
 
@@ -117,7 +118,7 @@ def _sft_config(model: PeftModel, *, train: Train, steps: Steps, seed: int, fold
     )
 
 
-class RunTrainer(ResumableTrainer, SFTTrainer):
+class RunTrainer(ReplanningTrainer, SFTTrainer):
     """The `SFTTrainer` that `build` returns; `for_run` tells it what else a run wants recorded."""
 
     model: Any
@@ -155,7 +156,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         self.signals = SignalWatch()
         self.guard = StepGuard(self.model, max_skipped=train.max_skipped_steps, report=self.facts.report)
         self._chat = chat
-        self._micro_losses: list[torch.Tensor] = []
+        self.replans = []
         self._step_began = 0.0
         self._step_tokens = 0
         self._step_trained_tokens = torch.zeros(())
@@ -181,6 +182,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
             CheckFailed: a loss or gradient is not finite, or no checkpoint is valid.
             UsageError: the run to resume was started with another recipe, data or base.
             Interrupted: a signal came; a checkpoint holds everything up to the step that was running.
+            ResourceError: memory does not suffice for a micro-batch of 1, or outside of micro-batches.
         """
         start = self.checkpoint_to_resume(resume_from_checkpoint)
         set_seed(self.args.seed)
@@ -192,7 +194,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
             result = TrainOutput(start.step, 0.0, {})
         else:
             display = closing(self.facts.display) if self.facts.display else nullcontext()
-            with self.signals, display, self._casts("autocast"):
+            with self.signals, display, self.shortages_named(), self._casts("autocast"):
                 result = super().train(resume_from_checkpoint=str(start.folder) if start else None)
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self._chat.align(self.model)  # transformers puts the tokenizer's special tokens in when it starts
@@ -210,15 +212,13 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
     ) -> tuple[list[dict[str, Any]], torch.Tensor]:
         """The micro-batches of one step and the number of trained tokens in all of them."""
         self._step_began = time.perf_counter()
-        self._micro_losses = []
         batches = list(islice(epoch_iterator, num_batches))
-        self._step_tokens = sum(self._row_tokens[number] for number in self._rows_of_step())
+        self.begin_step(self._rows_of_step())
+        self._step_tokens = sum(self._row_tokens[number] for number in self._step_rows)
         self._step_trained_tokens = torch.stack([(batch["labels"] != IGNORED).sum() for batch in batches]).sum()
         return batches, self._step_trained_tokens.to(device)
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def micro_step(self, model: nn.Module, inputs: dict[str, Any], divisor: torch.Tensor | None) -> torch.Tensor:
         """One micro-batch forward and backward; returns its share of the step's loss.
 
         The parent walks all modules for `model.train()` at every micro-batch; here once after an evaluation.
@@ -226,7 +226,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
         if not model.training:
             model.train()
         inputs = self._prepare_inputs(inputs)
-        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=divisor)
         self.accelerator.backward(loss)
         self._micro_losses.append(loss.detach())
         return loss.detach()
@@ -262,7 +262,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
 
     def _rows_to_blame(self) -> str:
         """Where the rows of the micro-batches stand whose loss is not finite, or all rows of the step."""
-        rows, size = self._rows_of_step(), self.steps.micro_batch_size
+        rows, size = self._rows_of_step(), self.micro_batch_size
         micro_batches = range(len(self._micro_losses))
         bad = [index for index in micro_batches if not bool(torch.isfinite(self._micro_losses[index]))]
         numbers = [number for index in bad or micro_batches for number in rows[index * size : (index + 1) * size]]
@@ -285,6 +285,7 @@ class RunTrainer(ResumableTrainer, SFTTrainer):
             logs["trained_tokens"] = int(self._step_trained_tokens)
             logs["step_s"] = time.perf_counter() - self._step_began
             logs["gib"] = memory_gib()
+            logs["micro_batch_size"] = self.micro_batch_size
             if self.guard.skipping:
                 logs["skipped"] = 1.0
                 del logs["loss"], logs["grad_norm"]

@@ -90,13 +90,15 @@ def scalar(text: str) -> Any:
     return text
 
 
-def parse(text: str, *, origin: str) -> tuple[Node | None, list[Problem]]:
+def parse(text: str, *, origin: str, tags: frozenset[str] = frozenset()) -> tuple[Node | None, list[Problem]]:
     """The tree of one YAML document (None where there is none), and what was refused in it.
+
+    `tags` are read as if they were not there; any other is refused.
 
     Raises:
         RecipeError: not YAML, nested too deeply or too many values; what was refused before that is named too.
     """
-    builder = _Builder(origin)
+    builder = _Builder(origin, tags)
     try:
         _no_control_characters(text, origin)
         root = builder.document(iter(YAML(typ="safe", pure=True).parse(text)))
@@ -122,8 +124,8 @@ def _no_control_characters(text: str, origin: str) -> None:
 class _Builder:
     """Builds the tree from the events of the parser and collects what is refused."""
 
-    def __init__(self, origin: str) -> None:
-        self.origin = origin
+    def __init__(self, origin: str, tags: frozenset[str]) -> None:
+        self.origin, self.tags = origin, tags
         self.problems: list[Problem] = []
         self.quoted: ScalarEvent | None = None  # the last quoted scalar that runs over several lines
         self._events = 0
@@ -197,7 +199,7 @@ class _Builder:
             reason, fix = f"aliases are not allowed, got *{event.anchor}", "write the value out; quote text with a *"
         elif event.anchor is not None:
             reason, fix = f"anchors are not allowed, got &{event.anchor}", "remove it; quote text with a &"
-        elif isinstance(event, (ScalarEvent, CollectionStartEvent)) and event.tag is not None:
+        elif isinstance(event, (ScalarEvent, CollectionStartEvent)) and event.tag not in (None, *self.tags):
             reason, fix = f"tags are not allowed, got {event.tag}", "remove it: a recipe holds plain values"
         else:
             return False

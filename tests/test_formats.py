@@ -91,6 +91,7 @@ def test_columns_rename_every_field(name):
         "prompt_completion": {"prompt": "a", "completion": "b", "system": "s"},
         "text": {"text": "a"},
         "table": {"prompt": "a", "completion": "b", "system": "s", "input": "i"},
+        "sni": {"definition": "d", "input": "i", "output": ["a", "b"], "task": "t", "category": "c"},
     }[name]
     columns = {field: f"my {field}" for field in FIELDS[name]}
     assert read(name, {columns[field]: value for field, value in row.items()}, columns) == read(name, row)

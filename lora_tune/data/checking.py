@@ -7,23 +7,24 @@ tokenizer is loaded. Good rows go to a store on disk; all bad ones are named in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import PurePath
 from typing import Any
 
-import numpy as np
-
 from lora_tune.data.detect import LOOKED_AT, Detected, chosen
+from lora_tune.data.dividing import Apart, CheckedRows, divide
 from lora_tune.data.formats import FIELDS, FORMATS, RESERVED, check_columns
-from lora_tune.data.ledger import CONTRADICTION, DUPLICATE, Ledger, SourceLedger, place_of
+from lora_tune.data.ledger import Ledger, SourceLedger, place_of
 from lora_tune.data.messages import order_notes
+from lora_tune.data.prompted import Prompts, open_prompts, raw_row
+from lora_tune.data.rendering import check_variables
 from lora_tune.data.rows import WHOLE_FILE, BadRow, Record, did_you_mean
 from lora_tune.data.sources import Source, SourceIdentity, open_source
-from lora_tune.data.split import at_most, contradictions, hold_out_some, repeats
 from lora_tune.data.store import ConversationStore, StoredConversations, content_of
 from lora_tune.errors import DataError, Problem, RecipeError
-from lora_tune.recipe import DataSource
+from lora_tune.recipe import DataSource, Eval
 from lora_tune.recipe_values import SHARE
 
 _REMOTE_CHECK_EVERY = 10_000  # rows of a remote stream between two looks at the problems found
@@ -42,27 +43,34 @@ class Conversations:
     has_tools: bool
 
 
-def read_conversations(data: Sequence[DataSource], *, hold_out: int | str, seed: int) -> Conversations:
-    """Read and check every row of every source, and set rows apart for evaluation.
+def read_conversations(data: Sequence[DataSource], *, hold_out: int | str | Eval, seed: int) -> Conversations:
+    """Read and check every row of every source, render those with prompts, and set rows apart for evaluation.
 
-    `hold_out`: a number of rows, a share such as "2%", or a data file of its own.
+    `hold_out`: a number of rows, a share such as "2%", a data file of its own; or the recipe's `eval` section, which
+    may hold out whole tasks as well.
 
     Raises:
-        DataError: every bad row of all sources; equal content in train and held-out file.
-        UsageError: a source that is missing or unusable.
-        RecipeError: `columns` names a field that the format does not have.
+        DataError: every bad row of all sources; a row on both sides; a template that fails or does not end.
+        UsageError: a source or prompt file that is missing or unusable.
+        RecipeError: `columns` names a field that the format does not have; a prompt file or template that cannot be.
     """
     _check_fields(data)
+    apart = Apart.of(hold_out)
     sources = [open_source(source, key=f"data.{number}.source") for number, source in enumerate(data)]
-    apart = _hold_out_file(hold_out, data)
-    pass_ = _CheckingPass()
+    from_file = _hold_out_file(apart.rows, data)
+    prompts = open_prompts(data)
+    if from_file is not None and 0 in prompts:
+        prompts[len(data)] = prompts[0]
+    pass_ = _CheckingPass(prompts)
     for number, (source, wanted) in enumerate(zip(sources, data, strict=True)):
         pass_.read(source, wanted, number=number)
-    if apart is not None:
-        pass_.read(open_source(apart, key="eval.hold_out"), apart, number=len(data))
+    if from_file is not None:
+        pass_.read(open_source(from_file, key="eval.hold_out"), from_file, number=len(data))
     if pass_.problems:
         raise DataError(pass_.problems)
-    return _divided(pass_, tuple(data), hold_out, seed=seed)
+    rows = CheckedRows(pass_.store, tuple(data), tuple(pass_.wanted), prompts, pass_.ledger, seed)
+    train, held_out = divide(rows, apart)
+    return Conversations(tuple(data), train, held_out, pass_.ledger, pass_.all_identities(), pass_.has_tools)
 
 
 def _check_fields(data: Sequence[DataSource]) -> None:
@@ -74,7 +82,7 @@ def _check_fields(data: Sequence[DataSource]) -> None:
             else tuple({f for fields in FIELDS.values() for f in fields})
         )
         for field in source.columns or {}:
-            if field not in known:
+            if field not in known and source.prompts is None:
                 fix = did_you_mean(field, known) or f"format {source.format} has {', '.join(sorted(known))}"
                 key = f"data.{number}.columns.{field}"
                 problems.append(Problem(f"no such field of format {source.format}", fix, key=key))
@@ -85,14 +93,16 @@ def _check_fields(data: Sequence[DataSource]) -> None:
 def _hold_out_file(hold_out: int | str, data: Sequence[DataSource]) -> DataSource | None:
     if isinstance(hold_out, int) or SHARE.fullmatch(hold_out):
         return None
-    like = data[0]
-    return DataSource(source=hold_out, format=like.format, columns=like.columns, on_bad_row=like.on_bad_row)
+    changes = {"source": hold_out, "max_rows": None, "weight": 1.0, "invert": "0%"}
+    return data[0].model_copy(update=changes | {"config": None, "split": "train", "revision": None})
 
 
 class _CheckingPass:
     """Reads sources one after another into one store, and gathers what is wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompts: Mapping[int, Prompts]) -> None:
+        self.prompts = prompts
+        self.wanted: list[DataSource] = []
         self.store = ConversationStore()
         self.ledger = Ledger()
         self.problems: list[Problem] = []
@@ -103,8 +113,11 @@ class _CheckingPass:
         """Every record of a source: kept in the store, dropped and counted, or a problem."""
         account = SourceLedger(name=source.name)
         self.ledger.sources.append(account)
-        records = source.records(numbered_columns=_numbered(wanted))
-        looked_at, detected = self._detect(records, wanted, source.name)
+        self.wanted.append(wanted)
+        records = source.records(
+            numbered_columns=_numbered(wanted), sni_shots=wanted.shots if wanted.format == "sni" else None
+        )
+        looked_at, detected = self._detect(records, wanted, number=number)
         columns: dict[str, tuple[int, str, int]] = {}  # name: rows, first file and line
         hasher = hashlib.sha256()
         before = len(self.problems)
@@ -134,7 +147,7 @@ class _CheckingPass:
         )
 
     def _detect(
-        self, records: Iterator[tuple[str, Record]], wanted: DataSource, name: str
+        self, records: Iterator[tuple[str, Record]], wanted: DataSource, *, number: int
     ) -> tuple[list[tuple[str, Record]], Detected | None]:
         """The records looked at (to be read again), and the format; None where no row is readable or nothing fits."""
         looked_at: list[tuple[str, Record]] = []
@@ -149,11 +162,25 @@ class _CheckingPass:
         if not rows:
             return looked_at, None
         try:
+            if number in self.prompts:
+                return looked_at, self._prompted(self.prompts[number], wanted, rows)
             return looked_at, chosen(wanted.format, wanted.columns, rows)
         except BadRow as bad:
             file, record = next(found for found in looked_at if found[1].row is not None)
             self.problems.append(bad.as_problem(file, record.line))
             return looked_at, None
+
+    def _prompted(self, prompts: Prompts, wanted: DataSource, rows: Sequence[Mapping[str, Any]]) -> Detected | None:
+        """The columns that the templates read; None, with problems, where the data has not all of them."""
+        named = wanted.columns or {}
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        columns += [name for name, column in named.items() if column in columns]
+        if problems := check_variables(prompts.file, prompts.columns, columns):
+            self.problems.extend(problem for problem in problems if problem not in self.problems)
+            return None
+        count = len(prompts.file.prompts)
+        why = f"{count} template{'s' * (count > 1)} of {prompts.file.name}, sha256 {prompts.file.sha256[:8]}"
+        return Detected("prompts", {name: named.get(name, name) for name in sorted(prompts.needed)}, why)
 
     def _count_columns(self, columns: dict[str, tuple[int, str, int]], file: str, record: Record) -> None:
         for name in record.row or ():
@@ -168,8 +195,14 @@ class _CheckingPass:
             raise record.bad
         if detected is None or record.row is None:
             return
-        check_columns(record.row, detected.format, detected.fields)
-        conversation = FORMATS[detected.format](record.row, detected.fields)
+        if number in self.prompts:
+            conversation = raw_row(record.row, self.prompts[number], wanted.columns)
+        else:
+            check_columns(record.row, detected.format, detected.fields)
+            conversation = FORMATS[detected.format](record.row, detected.fields)
+            if wanted.task:
+                template = conversation.template or PurePath(file.removesuffix(".gz")).stem
+                conversation = replace(conversation, task=wanted.task, template=template)
         self.has_tools = self.has_tools or bool(conversation.tools)
         account = self.ledger.sources[number]
         for note in order_notes(conversation.messages):
@@ -178,6 +211,12 @@ class _CheckingPass:
         self.store.append(conversation, source=number, file=file, line=record.line)
         if hasher is not None:
             hasher.update(content_of(conversation))  # type: ignore[attr-defined]
+
+    def all_identities(self) -> tuple[SourceIdentity, ...]:
+        """What the data was, then what the prompt files were."""
+        files = {prompts.file.file: prompts.file for prompts in self.prompts.values()}
+        named = (SourceIdentity(file.name, "prompts", file.sha256, len(file.prompts)) for file in files.values())
+        return (*self.identities, *named)
 
     def _refuse_or_drop(self, bad: BadRow, account: SourceLedger, wanted: DataSource, *, file: str, line: int) -> None:
         if wanted.on_bad_row == "drop" and bad.cause != WHOLE_FILE:
@@ -203,51 +242,3 @@ def _numbered(wanted: DataSource) -> int:
     """How many numbered columns the recipe reads; 0 where it names columns, or none."""
     numbers = list((wanted.columns or {}).values())
     return max(map(int, numbers)) if numbers and all(name.isdecimal() for name in numbers) else 0
-
-
-def _divided(pass_: _CheckingPass, data: tuple[DataSource, ...], hold_out: int | str, *, seed: int) -> Conversations:
-    """Apply max_rows, count duplicates and hold rows out. Raises: DataError."""
-    store, ledger = pass_.store, pass_.ledger
-    from_file = len(ledger.sources) > len(data)
-    caps = [source.max_rows for source in data] + ([None] if from_file else [])
-    taken = at_most(store, caps, seed=seed)
-    for number, account in enumerate(ledger.sources):
-        kept = int(np.count_nonzero(store.sources[taken] == number))
-        account.left_by_max_rows, account.kept = account.kept - kept, kept
-    _count_repeats(store, taken, ledger)
-    digests = store.digests[taken]
-    apart = store.sources[taken] == len(data) if from_file else hold_out_some(digests, hold_out, seed=seed)
-    if from_file:
-        _refuse_leaks(store, taken[~apart], taken[apart])
-    for number, account in enumerate(ledger.sources):
-        account.held_out = int(np.count_nonzero(apart & (store.sources[taken] == number)))
-        account.kept -= account.held_out
-    if not from_file and hold_out not in (0, "0%") and not apart.any():
-        reason = "no row can be held out: there is one row, or all rows are the same"
-        ledger.notices.append(
-            Problem(reason, "set eval.hold_out to 0 or to a file", key="eval.hold_out", severity="warning")
-        )
-    train = StoredConversations(store, taken[~apart])
-    held_out = StoredConversations(store, taken[apart])
-    return Conversations(data, train, held_out, ledger, tuple(pass_.identities), pass_.has_tools)
-
-
-def _count_repeats(store: ConversationStore, taken: np.ndarray, ledger: Ledger) -> None:
-    repeated = taken[repeats(store.digests[taken])]
-    for what, rows in ((DUPLICATE, repeated), (CONTRADICTION, contradictions(store, taken))):
-        for row in rows:
-            ledger.sources[int(store.sources[row])].note(what, place_of(*store.place(int(row))))
-
-
-def _refuse_leaks(store: ConversationStore, train: np.ndarray, held_out: np.ndarray) -> None:
-    """Raises: DataError naming every held-out row whose content is trained as well."""
-    places = {digest.tobytes(): int(row) for row, digest in zip(train, store.digests[train], strict=True)}
-    problems = []
-    for row in held_out:
-        trained = places.get(store.digests[row].tobytes())
-        if trained is not None:
-            file, line = store.place(int(row))
-            reason = f"this held-out row is in the training data as well ({':'.join(map(str, store.place(trained)))})"
-            problems.append(Problem(reason, "remove it on one side", file=file, line=line))
-    if problems:
-        raise DataError(problems)

@@ -26,7 +26,6 @@ _REFUSED = {
     frozenset(
         {"messages", "label"}
     ): "preference labels (messages, label: true or false); lora_tune would train bad answers as well",
-    frozenset({"Definition", "Instances"}): "a Super-NaturalInstructions task file, which is not supported",
     frozenset({"instruction", "instances"}): "self-instruct rows with a list of instances, which is not supported",
 }
 
@@ -65,6 +64,8 @@ def _advice(row: Mapping[str, Any]) -> str:
 
 
 def _detect(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> Detected | None:
+    if {"Definition", "Instances"} <= set(row):
+        raise BadRow("wrong shape", "this is a Super-NaturalInstructions task file", fix="say `format: sni`")
     for keys, what in _REFUSED.items():
         if keys <= set(row) and isinstance(row.get("label", True), bool):
             raise BadRow(
@@ -105,6 +106,8 @@ def _chat(column: str, turn: Mapping[str, Any]) -> Detected | None:
 def _by_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> Detected | None:
     """The first format that has all the fields that `columns` names and whose needed columns are in the row."""
     for name, fields in FIELDS.items():
+        if name == "sni":
+            continue
         mapped = fields_of(name, columns)
         if set(columns) <= set(fields) and all(mapped[field] in row for field in fields[: NEEDED[name]]):
             if name == "prompt_completion" and not isinstance(row[mapped["prompt"]], (str, list)):

@@ -7,6 +7,7 @@
     prompt_completion  prompt and completion: text, or lists of messages
     text               text without turns
     table              any columns, named by `columns`: prompt, completion, system, input; numbers are written out
+    sni                instances of a Super-NaturalInstructions task: definition, input, output (`sni.py`)
 
 A format is one function from (row, fields) to a conversation, one line in `FORMATS` and one in `FIELDS`. `fields` maps
 each field to the column that holds it; a recipe's `columns` change that. Every function raises BadRow.
@@ -20,6 +21,7 @@ from typing import Any
 from lora_tune.data.conversation import Conversation, Message
 from lora_tune.data.messages import check_turns, message, must_be_text, sharegpt_message, tools
 from lora_tune.data.rows import BadRow, did_you_mean, kind_of
+from lora_tune.data.sni import sni
 
 Row = Mapping[str, Any]
 Fields = Mapping[str, str]
@@ -85,6 +87,7 @@ FORMATS: dict[str, Callable[[Row, Fields], Conversation]] = {
     "prompt_completion": prompt_completion,
     "text": text,
     "table": table,
+    "sni": sni,
 }
 
 # Fields of each format, the needed ones first; how many are needed stands in NEEDED.
@@ -95,8 +98,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion", "system", "tools"),
     "text": ("text",),
     "table": ("prompt", "completion", "system", "input"),
+    "sni": ("definition", "input", "output", "examples", "task", "category"),
 }
-NEEDED = {"alpaca": 2, "messages": 1, "sharegpt": 1, "prompt_completion": 2, "text": 1, "table": 2}
+NEEDED = {"alpaca": 2, "messages": 1, "sharegpt": 1, "prompt_completion": 2, "text": 1, "table": 2, "sni": 3}
 
 
 def fields_of(name: str, columns: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -122,7 +126,7 @@ def _missing(row: Row, name: str, column: str) -> BadRow:
             return BadRow("wrong shape", f"`{column}` is missing, got `{other}`", fix=f"did you mean `{column}`?")
     got = ", ".join(f"`{key}`" for key in list(row)[:5]) + (" …" if len(row) > 5 else "")
     for other, needed in FIELDS.items():
-        if other not in ("table", name) and all(field in row for field in needed[: NEEDED[other]]):
+        if other not in ("table", "sni", name) and all(field in row for field in needed[: NEEDED[other]]):
             return BadRow("wrong shape", f"`{column}` is missing, got {got}", fix=f"say `format: {other}`")
     fix = f"format {name} needs {', '.join(FIELDS[name][: NEEDED[name]])}; other names go into `columns`"
     return BadRow("wrong shape", f"`{column}` is missing, got {got}", fix=fix)

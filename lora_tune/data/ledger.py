@@ -2,10 +2,11 @@
 
 For every source, and in total:
 
-    rows.read   = rows.kept + rows.held_out + rows.left_by_max_rows + sum(rows.dropped)
+    rows.read + rows.more = rows.kept + rows.held_out + rows.left_by_max_rows + rows.skipped + sum(rows.dropped)
     tokens.read = tokens.kept + tokens.lost + tokens.dropped          (tokens.trained is a part of tokens.kept)
 
-`notes` count what happened to kept rows (truncated, duplicates, odd order of turns …), with the first place of each.
+`more` rows come from rows that several templates of a held-out task render; `skipped` are rows to which no template
+applies. `notes` count what happened to kept rows (truncated, duplicates, odd order of turns …), with the first place.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class SourceLedger:
     kept: int = 0
     held_out: int = 0
     left_by_max_rows: int = 0
+    more: int = 0
+    skipped: int = 0
     dropped: dict[str, Count] = field(default_factory=dict)
     notes: dict[str, Count] = field(default_factory=dict)
     unused_columns: list[str] = field(default_factory=list)
@@ -99,9 +102,9 @@ class SourceLedger:
 
     def balances(self) -> bool:
         """Whether every row and token read is accounted for."""
-        rows = self.kept + self.held_out + self.left_by_max_rows + self.dropped_rows
+        rows = self.kept + self.held_out + self.left_by_max_rows + self.skipped + self.dropped_rows
         tokens = self.tokens_kept + self.tokens_lost + self.tokens_dropped
-        return self.read == rows and self.tokens_read == tokens
+        return self.read + self.more == rows and self.tokens_read == tokens
 
     def as_json(self) -> dict[str, Any]:
         """Name, format, and the account as nested dictionaries."""
@@ -114,6 +117,8 @@ class SourceLedger:
                 "kept": self.kept,
                 "held_out": self.held_out,
                 "left_by_max_rows": self.left_by_max_rows,
+                "more": self.more,
+                "skipped": self.skipped,
                 "dropped": {cause: asdict(count) for cause, count in self.dropped.items()},
                 "in_an_epoch": self.epoch_rows,
             },
@@ -170,7 +175,8 @@ class Ledger:
 
     def as_json(self) -> dict[str, Any]:
         """The ledger as `ledger.json` and `--json` hold it; no paths but file names."""
-        names = ("read", "kept", "held_out", "left_by_max_rows", "dropped_rows", "epoch_rows", "token_rows")
+        names: tuple[str, ...] = ("read", "kept", "held_out", "left_by_max_rows", "more", "skipped", "dropped_rows")
+        names += ("epoch_rows", "token_rows")
         tokens = ("tokens_read", "tokens_kept", "tokens_trained", "tokens_lost", "tokens_dropped")
         return {
             "sources": [source.as_json() for source in self.sources],
@@ -197,6 +203,8 @@ class Ledger:
         line("  kept", (s.kept for s in self.sources), always=1)
         line("  held out", (s.held_out for s in self.sources))
         line("  left by max_rows", (s.left_by_max_rows for s in self.sources))
+        line("  skipped: no template applies", (s.skipped for s in self.sources))
+        line("  more, by several templates", (s.more for s in self.sources))
         for cause in dict.fromkeys(cause for s in self.sources for cause in s.dropped):
             line(f"  dropped: {cause}", (s.dropped.get(cause, Count()).rows for s in self.sources))
         line("rows in an epoch", (s.epoch_rows for s in self.sources))

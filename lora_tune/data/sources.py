@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_tune.data import sni
 from lora_tune.data.readers import SUFFIXES, read_file, without_filled_nulls
 from lora_tune.data.rows import Record
 from lora_tune.errors import Problem, UsageError
@@ -49,8 +50,11 @@ class Source:
     hub: DataSource | None = None
     revision: str | None = None
 
-    def records(self, *, numbered_columns: int = 0) -> Iterator[tuple[str, Record]]:
-        """(file as shown, record) for everything that stands in the source, in order. Raises: UsageError."""
+    def records(self, *, numbered_columns: int = 0, sni_shots: int | None = None) -> Iterator[tuple[str, Record]]:
+        """(file as shown, record) for everything that stands in the source, in order. Raises: UsageError.
+
+        `sni_shots`: the files are tasks of Super-NaturalInstructions, of which so many positive examples are shown.
+        """
         if self.hub is not None:
             for number, row in enumerate(_hub_rows(self.hub, self.revision), 1):
                 yield self.name, Record(number, row)
@@ -58,7 +62,11 @@ class Source:
         for path in self.files:
             shown = shown_path(path)
             try:
-                for record in read_file(path, numbered_columns=numbered_columns):
+                if sni_shots is None:
+                    found = read_file(path, numbered_columns=numbered_columns)
+                else:
+                    found = sni.records(path, shots=sni_shots)
+                for record in found:
                     yield shown, record
             except OSError as error:
                 raise UsageError(Problem(f"cannot be read: {error.strerror}", "check the file", file=shown)) from None

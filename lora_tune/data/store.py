@@ -66,10 +66,11 @@ class ConversationStore:
         self._names: dict[str, int] = {}
         self._shown: list[str] = []
 
-    def append(self, conversation: Conversation, *, source: int, file: str, line: int) -> None:
-        """Keep a conversation that stands at `file:line` of the `source`-th data source."""
+    def append(self, conversation: Conversation, *, source: int, file: str, line: int) -> int:
+        """Keep a conversation that stands at `file:line` of the `source`-th data source; returns its index."""
         content = content_of(conversation)
         about = _about(conversation)
+        self._file.seek(self._ends[-1])
         self._file.write(content + about)
         self._ends.append(self._ends[-1] + len(content) + len(about))
         self._content_ends.append(self._ends[-1] - len(about))
@@ -78,6 +79,7 @@ class ConversationStore:
         self._sources.append(source)
         self._files.append(self._names.setdefault(file, len(self._names)))
         self._lines.append(line)
+        return len(self._lines) - 1
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -104,6 +106,10 @@ class ConversationStore:
     def place(self, index: int) -> tuple[str, int]:
         """File and line of a row."""
         return self._file_names()[self._files[index]], self._lines[index]
+
+    def digest(self, index: int) -> bytes:
+        """The content hash of one row."""
+        return bytes(self._digests[16 * index : 16 * index + 16])
 
     def _file_names(self) -> list[str]:
         if len(self._shown) != len(self._names):

@@ -22,14 +22,14 @@ OUTPUT_BYTES = 1 << 20  # of one render
 _INTERNALS = re.compile(r"__[a-z]+__")
 
 
-def limit_resources() -> None:
+def limit_resources(*, cpu_s: int = CPU_S) -> None:
     """Let the kernel end this process when it takes too much CPU time or memory (POSIX; else the parent's clock)."""
     try:
         import resource
     except ImportError:
         return
     limits = {
-        "RLIMIT_CPU": (CPU_S, CPU_S + 1),  # the soft limit sends SIGXCPU, by which the parent tells time from memory
+        "RLIMIT_CPU": (cpu_s, cpu_s + 1),  # the soft limit sends SIGXCPU, by which the parent tells time from memory
         "RLIMIT_AS": (MEMORY_BYTES, MEMORY_BYTES),
         "RLIMIT_CORE": (0, 0),
         "RLIMIT_FSIZE": (0, 0),

@@ -15,6 +15,7 @@ from lora_tune.errors import CheckFailed, LoraTuneError, UsageError
 from lora_tune.recipe import Base, Lora, Train
 from lora_tune.training import checkpoint
 from lora_tune.training.evaluations import Evaluation
+from lora_tune.training.identity import check_identity
 from lora_tune.training.resume import RunFacts
 
 FLOAT32: dict[str, Any] = {"quantize": "none", "compute_dtype": "float32"}
@@ -80,11 +81,11 @@ def test_a_save_that_was_killed_or_failed_leaves_the_older_ones(tmp_path: Path) 
 
 
 def test_a_changed_run_is_refused_field_by_field() -> None:
-    before = {"recipe": {"train": {"learning_rate": 2e-4, "epochs": 1.0}}, "data": ["a", "b"]}
-    checkpoint.check_identity(before, json.loads(json.dumps(before)))
+    before = {"train": {"learning_rate": 2e-4, "epochs": 1.0}, "data": ["a", "b"]}
+    check_identity(before, json.loads(json.dumps(before)))
     with pytest.raises(UsageError) as caught:
-        checkpoint.check_identity(before, {"recipe": {"train": {"learning_rate": 2e-3, "epochs": 1.0}}, "data": ["a"]})
-    assert [problem.key for problem in caught.value.problems] == ["data", "recipe.train.learning_rate"]
+        check_identity(before, {"train": {"learning_rate": 2e-3, "epochs": 1.0}, "data": ["a"]})
+    assert [problem.key for problem in caught.value.problems] == ["data", "train.learning_rate"]
     assert "0.0002" in str(caught.value) and "0.002" in str(caught.value)
 
 

@@ -1,35 +1,20 @@
-"""What a run is (so that only the same run is resumed) and what its training did (for the manifest)."""
+"""What a training did, for the manifest."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lora_tune.adapter.folder import TrainingRecord
-from lora_tune.model.source import BaseSource, base_fingerprint
 from lora_tune.recipe import Recipe
 from lora_tune.training.progress import read_metrics
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from lora_tune.data.chat_template import ChatTemplate
     from lora_tune.data.pipeline import Prepared
-
-# what may differ between a run and its continuation: where things lie and what does not change a weight
-_FREE: Any = {"output": True, "track": True, "base": {"name", "chat_template"}, "data": {"__all__": {"source"}}}
-
-
-def run_identity(recipe: Recipe, source: BaseSource, prepared: Prepared, chat: ChatTemplate) -> dict[str, Any]:
-    """What a continued run must share with the one that it continues: recipe, base, template and data by content."""
-    return {
-        "recipe": recipe.model_dump(mode="json", exclude=_FREE),
-        "base": {"name": source.name, "fingerprint": base_fingerprint(source)},
-        "template": chat.sha256,
-        "data": {f"{number}:{entry.name}": entry.sha256 for number, entry in enumerate(prepared.identities)},
-    }
 
 
 def training_record(folder: Path, recipe: Recipe, *, model: PeftModel, prepared: Prepared) -> TrainingRecord:

@@ -29,9 +29,10 @@ _TRAINER_STATE = "trainer_state.json"  # the name that transformers reads
 class RunFacts:
     """What a run knows besides how to train; all of it may be left out.
 
-    `identity` is compared field by field at resume; `resolved` holds values fixed at the start of the run; both stand
-    in every checkpoint. `allowed` names the fields of it that may have changed (`--allow-change`). `groups` makes the optimizer's parameter groups (LoRA+). `sources` names the data sources
-    by number for messages about rows; `report` gets lines worth reading, such as a checkpoint that was not written.
+    `identity` is compared field by field at resume, and `allowed` names the fields that may have changed
+    (`--allow-change`); `resolved` holds values fixed at the start of the run; it and the identity stand in every
+    checkpoint. `groups` makes the optimizer's parameter groups (LoRA+). `sources` names the data sources by number for
+    messages about rows; `report` gets lines worth reading, such as a checkpoint that was not written.
     """
 
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -141,7 +142,7 @@ class ResumableTrainer(Trainer):
                 self.rescheduled |= before.pop(name) != now.pop(name)
         if "train.micro_batch_size" in allowed:
             for name in ("micro_batch_size", "accumulation"):
-                before.pop(name), now.pop(name)
+                del before[name], now[name]
         check_identity({"steps": before}, {"steps": now})
 
     @staticmethod

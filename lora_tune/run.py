@@ -145,7 +145,7 @@ def _train(
     """Train, or go on from the newest checkpoint; writes `metrics.jsonl` and `loss.png`."""
     from lora_tune.model.methods import parameter_groups
     from lora_tune.training.progress import TrainingDisplay, draw_loss, tracker_callbacks
-    from lora_tune.training.record import run_identity
+    from lora_tune.training.identity import run_identity
     from lora_tune.training.resume import RunFacts
     from lora_tune.training.trainer import build
 

@@ -1,0 +1,367 @@
+"""`lora-tune rehearse RECIPE`: the whole journey in small, on the CPU, before hours are spent on it.
+
+Real are the recipe (method, targets, quantization, packing, metrics), the tokenizer, the chat template and the rows:
+all of them are checked and encoded as `run` does, and a few, the longest among them, are trained. Small is the base:
+the same architecture with random weights, made from config.json alone. STEPS below is the journey; the other verbs run
+as processes of their own, and one of them is killed in the middle of its training.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_tune.adapter.folder import WEIGHTS
+from lora_tune.cli import COMMANDS
+from lora_tune.errors import CheckFailed, Problem, RecipeError, UsageError
+from lora_tune.model.base_config import stored_bits
+from lora_tune.model.base_fit import combination_problems, length_problems
+from lora_tune.model.shrink import HEAD
+from lora_tune.model.source import check_against_base, find_base, load_tokenizer
+from lora_tune.recipe import DataSource, Recipe
+from lora_tune.recipe_file import RecipeFile, read_recipe, recipe_as_yaml
+from lora_tune.terminal import activity, print_json, print_problems, printable, results, run_app
+from lora_tune.training.journey import MOST_SECONDS, Outcome, Processes, Step, travel
+
+if TYPE_CHECKING:
+    from lora_tune.data.checking import Conversations
+    from lora_tune.data.pipeline import Prepared
+
+app = typer.Typer(help="Rehearse the whole journey of a recipe on a small model.", add_completion=False)
+TRAINED_STEPS, SAVE_EVERY, BATCH = 6, 2, 2
+LONGEST = 1024  # tokens of a sequence, at most: what a CPU trains in seconds with a vocabulary of 150,000
+MORE_TOKENS = 768  # of the rows beside the longest one
+HELD_OUT = 4
+RATE = 1e-2  # learning rate: six steps must change the answers enough for the test vectors to see the adapter
+FAILED = "FAILED"  # an empty file that keeps the folder
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
+_MARKS = {"ok": "✓", "failed": "✗", "warning": "!", "absent": "–", "skipped": "–"}
+_STYLES = {"ok": "green", "failed": "red", "warning": "yellow", "absent": "dim", "skipped": "dim"}
+
+
+class Rehearsal:
+    """One rehearsal in `folder`: what is known so far, and a method for each step that returns what it found."""
+
+    def __init__(self, file: RecipeFile, folder: Path) -> None:
+        self.file, self.recipe, self.folder = file, file.recipe, folder
+        half = max(1, (os.cpu_count() or 2) // 2)  # two processes at a time
+        environment = {
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+            "LORA_TUNE_CACHE": str(folder / "cache"),  # nothing measured on a small model is remembered
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(half)),
+            "PYTHONIOENCODING": "utf-8",
+        }
+        self.processes = Processes(folder, environment)
+        self.source = find_base(self.recipe.base)
+        self.base = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', self.source.name.rpartition(':')[2])}-small"
+        self.conversations: Conversations | None = None
+        self.prepared: Prepared | None = None
+
+    def check_recipe(self) -> None:
+        """What of the recipe does not fit its base, as far as config.json tells. Raises: RecipeError."""
+        stored = f"{stored_bits(self.source.config)} bit" if self.source.quantization is not None else None
+        problems = combination_problems(self.recipe.lora, quantize=self.source.quantize, stored=stored)
+        problems += length_problems(self.source.config, self.recipe.train)
+        self._refuse([*self.file.warnings, *problems])
+
+    def data(self) -> str:
+        """Every row of the recipe is read and checked. Raises: DataError."""
+        from lora_tune.data.checking import read_conversations
+
+        recipe = self.recipe
+        self.conversations = found = read_conversations(recipe.data, hold_out=recipe.eval.hold_out, seed=recipe.seed)
+        return f"{found.ledger.total('read'):,} rows read, {found.ledger.total('held_out'):,} held out"
+
+    def tokens(self) -> str:
+        """Every row goes through the chat template, with loss mask, packing and limits. Raises: DataError."""
+        from lora_tune.data.chat_template import load_chat_template
+        from lora_tune.data.pipeline import encode
+
+        recipe, rows = self.recipe, self.conversations
+        if rows is None:
+            raise CheckFailed("the data was not read")
+        tokenizer = load_tokenizer(self.source, new_tokens=recipe.lora.new_tokens)
+        text = Path(recipe.base.chat_template).read_text(encoding="utf-8") if recipe.base.chat_template else None
+        chat = load_chat_template(tokenizer, template=text, data="tools" if rows.has_tools else "plain")
+        self.prepared = encode(
+            rows, chat, loss_on=recipe.loss_on, train=recipe.train, limits=recipe.limits, seed=recipe.seed
+        )
+        ledger = self.prepared.ledger
+        trained, longest = ledger.total("tokens_trained"), max(source.longest for source in ledger.sources)
+        return f"{ledger.total('tokens_kept'):,} tokens, {trained:,} trained, longest row {longest:,}"
+
+    def small(self) -> str:
+        """The small base, a sample of the rows and the recipe that joins them. Raises: UsageError, RecipeError."""
+        from lora_tune.model.shrink import write_shrunk
+
+        parameters = write_shrunk(self.source, self.base, seed=self.recipe.seed)
+        rows, small = self._sample()
+        (self.folder / "recipe.yaml").write_text(recipe_as_yaml(small), encoding="utf-8")
+        found = check_against_base(find_base(small.base), lora=small.lora, train=small.train)
+        self._refuse([problem for problem in found if problem.severity == "error"])
+        return f"{self.source.config['model_type']} with {parameters:,} random parameters, {rows} rows of the data"
+
+    def _sample(self) -> tuple[int, Recipe]:
+        """Writes the rows that are trained and held out; returns how many, and the small recipe.
+
+        Which rows are held out goes by content, so that the same ones are held out of the sample.
+        """
+        from lora_tune.data.sample import held_out_places, training_places, write_rows
+
+        recipe, prepared = self.recipe, self.prepared
+        if prepared is None:
+            raise CheckFailed("the data was not encoded")
+        longest = min(recipe.train.max_length, max(LONGEST, int(prepared.documents.lengths.min())))
+        budget = longest + MORE_TOKENS
+        count = len(recipe.data)
+        trained = training_places(prepared.documents, sources=count, most_tokens=budget, row_tokens=longest)
+        held_out = held_out_places(prepared.held_out, rows=HELD_OUT)
+        data = []
+        for number, source in enumerate(recipe.data):
+            mine = [place for place in (*trained, *held_out) if place.source == number]
+            if mine:
+                data.append(_local(source, write_rows(source, mine, self.folder / f"rows-{number}.jsonl")))
+        apart = [place for place in held_out if place.source == count]
+        tasks = recipe.eval.hold_out_tasks
+        hold_out: str | int = sum(
+            place.source < count and recipe.data[place.source].task not in tasks for place in held_out
+        )
+        if apart:
+            first = recipe.data[0]
+            like = DataSource(source=str(recipe.eval.hold_out), format=first.format, columns=first.columns)
+            hold_out = str(write_rows(like, apart, self.folder / "held_out.jsonl"))
+        small = _small_recipe(recipe, base=self.base, data=data, hold_out=hold_out, longest=longest)
+        return len(trained) + len(held_out), small
+
+    def plan(self) -> str:
+        """The real recipe on this machine; what does not fit here may fit where it will run."""
+        answer = self.processes.run("plan", ["plan", *self._real()], tolerated=(4,))
+        fits = "fits" if answer.get("fits", True) else "does not fit"
+        peak = answer.get("peak_gib")
+        return fits if peak is None else f"{fits}: peak of about {peak:.1f} GiB"
+
+    def train(self) -> str:
+        """Training, evaluation, the adapter's folder, and its proof in a fresh process."""
+        answer = self.processes.run("train", ["run", "recipe.yaml", "output=calm"])
+        scores = ", ".join(
+            f"{name} {score['base']:.3g} → {score['adapter']:.3g}" for name, score in answer["scores"].items()
+        )
+        how = "unquantized" if self.recipe.base.quantize == "none" else self.recipe.base.quantize
+        return f"{answer['training']['steps']} steps of {self.recipe.lora.method} in {how}, verified; {scores}"
+
+    def kill(self) -> str:
+        """The same run, killed (signal 9) as soon as it has a checkpoint. Raises: CheckFailed."""
+        from lora_tune.training.checkpoint import steps
+
+        log = str(self.processes.log("kill"))
+        process = self.processes.start("kill", ["run", "recipe.yaml", "output=killed", "--json"])
+        end = time.monotonic() + MOST_SECONDS
+        while not steps(self.folder / "killed") and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        if process.poll() is not None:
+            reason = self.processes.reason("kill", process.returncode)
+            raise CheckFailed(Problem(f"it ended before it could be killed: {reason}", file=log))
+        process.kill()
+        process.wait()
+        left = steps(self.folder / "killed")
+        if not left:
+            raise CheckFailed(Problem("no checkpoint was written", file=log))
+        return f"killed with a checkpoint of step {left[0]} of {TRAINED_STEPS}"
+
+    def resume(self) -> str:
+        """`run --resume` finishes what was killed."""
+        answer = self.processes.run("resume", ["run", "recipe.yaml", "output=killed", "--resume"])
+        return f"went on to step {answer['training']['steps']}, verified"
+
+    def same(self) -> str:
+        """The adapter of the killed and resumed run is that of the undisturbed one. Raises: CheckFailed."""
+        from lora_tune.training.progress import METRICS, read_metrics
+
+        calm, killed = self.folder / "calm", self.folder / "killed"
+        losses = [[row["loss"] for row in read_metrics(run / METRICS) if "loss" in row] for run in (calm, killed)]
+        log = str(self.processes.log("resume"))
+        if losses[0] != losses[1]:
+            step = next(
+                (n for n, (a, b) in enumerate(zip(*losses, strict=False), 1) if a != b), min(map(len, losses)) + 1
+            )
+            raise CheckFailed(Problem(f"the resumed run has another loss at step {step}", file=log))
+        first, second = ((run / WEIGHTS).read_bytes() for run in (calm, killed))
+        if first != second:
+            raise CheckFailed(Problem("the resumed run has the same losses and another adapter", file=log))
+        return f"{len(losses[0])} losses and {len(first):,} bytes of the adapter are the same, bit for bit"
+
+    def merge(self) -> str:
+        """The adapter folded into the small base."""
+        answer = self.processes.run("merge", ["merge", "calm", "--base", str(self.base), "--output", "merged"])
+        measured = answer["against"]["adapter_as_trained"]
+        return f"KL {measured['kl']:.2g} nats from the adapter as trained"
+
+    def _real(self) -> list[str]:
+        """The recipe as the user named it."""
+        return [str(self.file.path.resolve()), *self.file.overrides]
+
+    def _refuse(self, problems: Sequence[Problem]) -> None:
+        """Print warnings with their place in the recipe. Raises: RecipeError where one is an error."""
+        located = [self.file.locate(problem) for problem in problems]
+        if any(problem.severity == "error" for problem in located):
+            raise RecipeError([problem for problem in located if problem.severity == "error"])
+        print_problems(located)
+
+
+# name, the verb that it starts (absent where this version does not have it), the steps that it needs, what it does
+STEPS: tuple[tuple[str, str | None, tuple[str, ...], Callable[[Rehearsal], str] | None], ...] = (
+    ("data", None, (), Rehearsal.data),
+    ("tokens", None, ("data",), Rehearsal.tokens),
+    ("plan", "plan", (), Rehearsal.plan),
+    ("base", None, ("tokens",), Rehearsal.small),
+    ("kill", "run", ("base",), Rehearsal.kill),
+    ("train", "run", ("base",), Rehearsal.train),
+    ("resume", "run", ("kill",), Rehearsal.resume),
+    ("same", None, ("train", "resume"), Rehearsal.same),
+    ("merge", "merge", ("train",), Rehearsal.merge),
+    ("export", "export", ("train",), None),
+    ("serve", "serve", ("train",), None),
+)
+
+
+def _steps(rehearsal: Rehearsal) -> list[Step]:
+    """The table for one rehearsal."""
+    steps = []
+    for name, verb, needs, work in STEPS:
+        there = verb is None or verb in COMMANDS
+        absent = "this version has it, and it is not rehearsed" if there else "not in this version"
+        steps.append(Step(name, needs, partial(work, rehearsal) if work and there else None, absent=absent))
+    return steps
+
+
+def _local(source: DataSource, path: Path) -> DataSource:
+    """The source with its rows in a file here."""
+    changes = {"source": str(path), "config": None, "split": "train", "revision": None, "max_rows": None}
+    return source.model_copy(update=changes)
+
+
+def _small_recipe(
+    recipe: Recipe, *, base: Path, data: Sequence[DataSource], hold_out: str | int, longest: int
+) -> Recipe:
+    """The recipe over the small base and the sample: few steps, limits off (they held for all rows), no trackers."""
+    train, lora, evaluation = recipe.train, recipe.lora, recipe.eval
+    batch = min(BATCH, train.batch_size)
+    changes: dict[str, dict[str, Any]] = {
+        "base": {"name": str(base), "revision": None},
+        "lora": {
+            "start_from": None,  # its shapes are those of the real base
+            "rank": min(lora.rank, HEAD),
+            "rank_pattern": {name: min(rank, HEAD) for name, rank in lora.rank_pattern.items() if _stays(name)},
+            "alpha_pattern": {name: alpha for name, alpha in lora.alpha_pattern.items() if _stays(name)},
+        },
+        "train": {
+            "epochs": 1.0, "max_steps": TRAINED_STEPS, "budget": None, "save_every": SAVE_EVERY, "learning_rate": RATE,
+            "batch_size": batch, "micro_batch_size": 1, "max_length": longest,
+            "warmup": min(train.warmup, 1) if isinstance(train.warmup, int) else train.warmup,
+        },
+        "eval": {
+            "hold_out": hold_out, "hold_out_tasks": (), "every": evaluation.every and SAVE_EVERY,
+            "stop_after": evaluation.stop_after and TRAINED_STEPS, "samples": min(evaluation.samples, 1),
+        },
+        "limits": {"dropped_rows": "100%", "lost_tokens": "100%", "lost_end_tokens": "100%", "duplicates": None},
+    }  # fmt: skip
+    tasks = {source.task for source in data}
+    changes["eval"]["hold_out_tasks"] = tuple(task for task in evaluation.hold_out_tasks if task in tasks)
+    content = recipe.model_dump() | {"data": [source.model_dump() for source in data], "output": "calm", "track": ()}
+    for section, values in changes.items():
+        content[section] = content[section] | values
+    return Recipe.model_validate(content)
+
+
+def _stays(name: str) -> bool:
+    """Whether a name does not speak of a layer that the small base does not have."""
+    numbered = _LAYER.search(name)
+    return numbered is None or int(numbered[1]) < 2
+
+
+@contextmanager
+def _working_folder(keep: Path | None) -> Iterator[Path]:
+    """The folder of the rehearsal: a new one that goes when all is well, or the one that is kept."""
+    if keep is not None:
+        if keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+            raise UsageError(
+                Problem("is there already, and not an empty folder", "name a new folder", str(keep), key="--keep")
+            )
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.resolve()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="lora-tune-rehearsal-")).resolve()
+    try:
+        yield folder
+    finally:
+        if not (folder / FAILED).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def rehearse(file: RecipeFile, *, folder: Path, report: Callable[[Outcome], None]) -> list[Outcome]:
+    """Take the steps of the table in `folder`, two at a time; `report` gets each as it ends.
+
+    Raises:
+        UsageError, RecipeError, DataError: the recipe, its base or its data do not do.
+    """
+    rehearsal = Rehearsal(file, folder)
+    rehearsal.check_recipe()
+    with activity("rehearsing"):
+        return travel(_steps(rehearsal), at_once=2, report=report, leave=rehearsal.processes.close)
+
+
+@app.command()
+def command(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, such as train.epochs=2")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Work in this new folder, and leave everything there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Rehearse the whole journey of a recipe on a small random model of the same architecture, on the CPU."""
+    file = read_recipe(recipe, overrides=overrides or ())
+    start = time.monotonic()
+    with _working_folder(keep) as folder:
+        outcomes = rehearse(file, folder=folder, report=_silent if as_json else _print)
+        failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+        if failed:
+            (folder / FAILED).touch()
+    problems = [Problem(f"{one.name}: {one.said}", "see the log", file=one.log or str(folder)) for one in failed]
+    code, seconds = (1 if failed else 0), time.monotonic() - start
+    if as_json:
+        kept = str(folder) if keep or failed else None
+        steps = [asdict(outcome) for outcome in outcomes]
+        print_json({"exit_code": code, "seconds": round(seconds, 1), "folder": kept, "steps": steps}, problems)
+    else:
+        went = sum(outcome.state in ("ok", "warning") for outcome in outcomes)
+        where = f"; everything lies in {folder}" if keep or failed else ""
+        results().print(f"{went} steps went well, {len(failed)} failed, in {seconds:.0f} s{where}")
+    raise typer.Exit(code)
+
+
+def _silent(outcome: Outcome) -> None:
+    """Nothing: --json prints all outcomes at the end."""
+
+
+def _print(outcome: Outcome) -> None:
+    """One line a step."""
+    log = f" (log: {outcome.log})" if outcome.log else ""
+    seconds = f"{outcome.seconds:5.1f} s" if outcome.state not in ("absent", "skipped") else "       "
+    text = f"{_MARKS[outcome.state]} {outcome.name:<7} {seconds}  {outcome.said}{log}"
+    results().print(printable(text), style=_STYLES[outcome.state] if outcome.state != "ok" else None)
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(app, name="python -m lora_tune.rehearse"))

@@ -202,6 +202,13 @@ class Train(Section):
     """Leave out this many steps whose loss or gradient is not finite before the training stops."""
 
 
+MetricName = Literal[
+    "loss", "perplexity", "exact_match", "token_f1", "rouge_1", "rouge_2", "rouge_l", "bleu", "chrf", "accuracy",
+    "accuracy_norm", "numeric_match", "json_valid", "json_schema", "tool_match", "length_error", "stop_rate",
+    "repetition",
+]  # fmt: skip
+
+
 class Eval(Section):
     """What shows that it learned."""
 
@@ -209,7 +216,7 @@ class Eval(Section):
     """Rows kept out of training: a share, a number, or a data file of its own."""
     hold_out_tasks: Strings = ()
     """Tasks (data[].task) kept out of training as a whole and evaluated zero-shot with all of their templates."""
-    metrics: Annotated[tuple[Literal["loss", "exact_match", "rouge_l"], ...], BeforeValidator(strings)] | None = None
+    metrics: Annotated[tuple[MetricName, ...], BeforeValidator(strings)] | None = None
     """Scores of base and adapter on the held-out rows; without it: loss."""
     every: Count | None = None
     """Optimizer steps between evaluations; without it, only at the end."""

@@ -83,7 +83,7 @@ def _prepare(
     with activity("checking the data"):
         from lora_tune.data.checking import read_conversations
 
-        conversations = read_conversations(recipe.data, hold_out=recipe.eval.hold_out, seed=recipe.seed)
+        conversations = read_conversations(recipe.data, hold_out=recipe.eval, seed=recipe.seed)
     with activity("tokenizing"):
         from lora_tune.data.chat_template import load_chat_template
         from lora_tune.data.pipeline import encode
@@ -92,10 +92,26 @@ def _prepare(
         text = Path(recipe.base.chat_template).read_text(encoding="utf-8") if recipe.base.chat_template else None
         chat = load_chat_template(tokenizer, template=text, data="tools" if conversations.has_tools else "plain")
         prepared = encode(
-            conversations, chat, loss_on=recipe.loss_on, train=recipe.train, limits=recipe.limits, seed=recipe.seed
+            conversations,
+            chat,
+            loss_on=recipe.loss_on,
+            train=recipe.train,
+            limits=recipe.limits,
+            seed=recipe.seed,
+            mixing=recipe.mixing,
         )
+        _check_metrics(recipe, prepared)
     print_problems([*prepared.ledger.warnings(), *(Problem(notice, severity="note") for notice in chat.notices)])
     return chat, prepared
+
+
+def _check_metrics(recipe: Recipe, prepared: Prepared) -> None:
+    """Raise DataError where a metric fits none of the held-out rows: now, not after the training."""
+    from lora_tune.evaluation.fit import check_fit
+
+    if prepared.held_out:
+        held_out = (prepared.held_out, prepared.held_out_rows)
+        check_fit(held_out, metrics=recipe.metrics, evaluation=recipe.eval, seed=recipe.seed)
 
 
 def _resolve(recipe: Recipe, source: BaseSource, *, folder: Path, mode: Mode) -> Recipe:
@@ -169,15 +185,19 @@ def _train(
 
 def _evaluation(recipe: Recipe, prepared: Prepared, chat: ChatTemplate) -> Evaluation:
     """What is measured every `eval.every` steps: the held-out loss, and a few answers."""
-    from lora_tune.evaluation.evaluate import loss_rows, sample_answers
-    from lora_tune.evaluation.losses import mean_loss, row_losses
+    from lora_tune.evaluation.evaluate import adapter_scores, sample_answers
     from lora_tune.training.evaluations import Evaluation
 
-    held_out = (prepared.held_out, prepared.held_out_rows)
-    rows = loss_rows(held_out, evaluation=recipe.eval, seed=recipe.seed)
     return Evaluation(
         every=recipe.eval.every or 1,
-        measure=lambda model: {"loss": mean_loss(row_losses(model, rows, pad_id=chat.pad_id))},
+        measure=partial(
+            adapter_scores,
+            chat=chat,
+            held_out=(prepared.held_out, prepared.held_out_rows),
+            metrics=tuple(dict.fromkeys(("loss", *recipe.metrics))),
+            evaluation=recipe.eval,
+            seed=recipe.seed,
+        ),
         keep="best" if recipe.eval.keep_best else "last",
         stop_after=recipe.eval.stop_after,
         answer=partial(

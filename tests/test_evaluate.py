@@ -15,8 +15,9 @@ from lora_tune.data.chat_template import ChatTemplate, TokenRow, load_chat_templ
 from lora_tune.data.conversation import Conversation, Message
 from lora_tune.errors import DataError
 from lora_tune.evaluation import losses, report
-from lora_tune.evaluation.evaluate import as_question, choose, compare, readable, sample_answers
+from lora_tune.evaluation.evaluate import adapter_scores, compare, sample_answers
 from lora_tune.evaluation.losses import RowLoss, mean_loss, row_losses
+from lora_tune.evaluation.questions import as_question, choose, readable
 from lora_tune.evaluation.scores import Sample, Score
 from lora_tune.model.base import load_base
 from lora_tune.model.methods import attach
@@ -161,6 +162,10 @@ def test_comparing_gives_what_each_side_gives_alone(tiny_base: Path, chat: ChatT
     )
     again = compare(adapted, chat, (rows, tokens), metrics=ALL, evaluation=Eval(samples=3), seed=1)
     assert again == found
+    during = adapter_scores(
+        adapted, chat=chat, held_out=(rows, tokens), metrics=ALL, evaluation=Eval(samples=3), seed=1
+    )
+    assert during == {name: score.adapter for name, score in found.scores.items()}
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
@@ -190,11 +195,11 @@ def test_comparing_in_mid_training_changes_no_gradient_and_no_random_number(
 def test_a_cap_on_rows_takes_the_same_rows_whatever_their_order() -> None:
     rows = conversations(40)
     chosen = choose(rows, 10, seed=5)
-    assert len(chosen) == 10 and chosen == [row for row in rows if row in chosen]
-    shuffled = random.Random(1).sample(rows, 40)
-    assert {row.line for row in choose(shuffled, 10, seed=5)} == {row.line for row in chosen}
-    assert {row.line for row in choose(rows, 10, seed=6)} != {row.line for row in chosen}
-    assert choose(rows, None, seed=5) == rows == choose(rows, 99, seed=5)
+    assert len(chosen) == 10 and chosen == sorted(chosen)
+    order = random.Random(1).sample(range(40), 40)
+    assert {order[place] for place in choose([rows[place] for place in order], 10, seed=5)} == set(chosen)
+    assert set(choose(rows, 10, seed=6)) != set(chosen)
+    assert choose(rows, None, seed=5) == list(range(40)) == choose(rows, 99, seed=5)
 
 
 def test_a_cap_on_rows_holds_for_all_metrics(model: PreTrainedModel, tiny_base: Path, chat: ChatTemplate) -> None:
@@ -229,7 +234,9 @@ def test_questions_end_before_the_last_answer() -> None:
     question = as_question(Conversation(after), seed=0)
     assert question and question.messages == (user,) and question.reference == "yes"
     call = ({"type": "function", "function": {"name": "f", "arguments": {}}},)
-    assert as_question(Conversation((user, Message("assistant", "", tool_calls=call))), seed=0) is None
+    question = as_question(Conversation((user, Message("assistant", "", tool_calls=call))), seed=0)
+    assert question and not question.reference and question.shown_reference == '{"name": "f", "arguments": {}}'
+    assert as_question(Conversation((user, Message("assistant", " "))), seed=0) is None
     assert as_question(Conversation(text="plain"), seed=0) is None
     assert as_question(Conversation((Message("assistant", "first"),)), seed=0) is None
 
@@ -238,7 +245,7 @@ def test_questions_end_before_the_last_answer() -> None:
 def test_metrics_without_rows_are_errors_and_not_zeros(
     tiny_base: Path, chat: ChatTemplate, metrics: tuple[str, ...], named: str
 ) -> None:
-    with pytest.raises(DataError, match=f"{named} has nothing to score") as caught:
+    with pytest.raises(DataError, match=f"{named} does not fit the data") as caught:
         compare(
             peft_model(tiny_base), chat, ([Conversation(text="plain")], []), metrics=metrics, evaluation=Eval(), seed=1
         )

@@ -88,7 +88,7 @@ def look(
     with activity("checking the data"):
         from lora_tune.data.checking import read_conversations
 
-        conversations = read_conversations(recipe.data, hold_out=recipe.eval.hold_out, seed=recipe.seed)
+        conversations = read_conversations(recipe.data, hold_out=recipe.eval, seed=recipe.seed)
     with activity("tokenizing"):
         try:
             chat, prepared = _encoded(file, source, conversations)
@@ -114,7 +114,13 @@ def _encoded(file: RecipeFile, source: BaseSource, conversations: Conversations)
     text = Path(recipe.base.chat_template).read_text(encoding="utf-8") if recipe.base.chat_template else None
     chat = load_chat_template(tokenizer, template=text, data="tools" if conversations.has_tools else "plain")
     prepared = encode(
-        conversations, chat, loss_on=recipe.loss_on, train=recipe.train, limits=recipe.limits, seed=recipe.seed
+        conversations,
+        chat,
+        loss_on=recipe.loss_on,
+        train=recipe.train,
+        limits=recipe.limits,
+        seed=recipe.seed,
+        mixing=recipe.mixing,
     )
     return chat, prepared
 

@@ -43,6 +43,11 @@ eval: {hold_out: 4}
 limits: {dropped_rows: 100%, lost_tokens: 100%, lost_end_tokens: 100%}
 output: out
 """
+PROMPT_FILE = """\
+templates:
+  1: {name: say, jinja: "{{q}} please. ||| {{a}}", answer_choices: "No ||| {{a}}"}
+  2: {name: do, jinja: "Do what I ask: {{q}} ||| {{a}}", answer_choices: "No ||| {{a}}"}
+"""
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 Looks = Callable[[Recipe], Any]
 
@@ -67,6 +72,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path
     (folder / "table.jsonl").write_text("".join(f'{{"q": "Say {n}", "a": "It is {n}", "b": "No"}}\n' for n in range(9)))
     template = (folder / "base" / "chat_template.jinja").read_text().replace("<|im_end|>", "<|endoftext|>")
     (folder / "other.jinja").write_text(template)
+    (folder / "prompts.yaml").write_text(PROMPT_FILE)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 
@@ -97,6 +103,11 @@ def tokens(recipe: Recipe) -> str:
         return f"refused: {error}"
     content = [found.train.to_dict(), [row.input_ids.tolist() for row in found.held_out_rows]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def task_names(recipe: Recipe) -> list[str]:
+    """The task of every held-out conversation."""
+    return [conversation.task for conversation in prepared(recipe).held_out]
 
 
 def loaded(recipe: Recipe) -> tuple[Any, ...]:
@@ -177,6 +188,8 @@ def refusal(recipe: Recipe) -> str:
 WORSE = ("eval.every=1", "train.learning_rate=3.0", "train.max_grad_norm=100", "train.warmup=2")
 BAD = ("data.0.source=bad.jsonl",)
 TABLE = ("data.0.source=table.jsonl", "data.0.format=table", "eval.hold_out=0")
+PROMPTS = ("data=[{source: table.jsonl, prompts: prompts.yaml}]", "eval.hold_out=0")
+TASKS = ("data=[{source: rows.jsonl}, {source: other.jsonl, task: apart}]", "eval.hold_out=0")
 KEYS: dict[
     str, tuple[Looks, str, tuple[str, ...]]
 ] = {  # key: (what is looked at, changed value, setting of both sides)
@@ -193,6 +206,14 @@ KEYS: dict[
     "data.0.max_rows": (tokens, "10", ()),
     "data.0.on_bad_row": (refusal, "drop", BAD),
     "data.0.pack": (tokens, "false", ("train.packing=true",)),
+    "data.0.task": (task_names, "other", ()),
+    "data.0.prompts": (tokens, "prompts.yaml", ("data=[{source: table.jsonl}]", "eval.hold_out=0")),
+    "data.0.templates": (tokens, "[say]", PROMPTS),
+    "data.0.shots": (tokens, "2", PROMPTS),
+    "data.0.options": (tokens, "true", PROMPTS),
+    "data.0.invert": (tokens, "50%", PROMPTS),
+    "mixing.cap": (tokens, "10", ()),
+    "mixing.temperature": (tokens, "3.0", ("data=[{source: rows.jsonl}, {source: other.jsonl}]",)),
     "loss_on": (tokens, "all", ()),
     "lora.method": (started, "dora", ()),
     "lora.rank": (started, "2", ()),
@@ -222,6 +243,7 @@ KEYS: dict[
     "train.save_every": (part("checkpoints"), "1", ()),
     "train.keep_checkpoints": (part("checkpoints"), "1", ("train.save_every=1",)),
     "eval.hold_out": (tokens, "6", ()),
+    "eval.hold_out_tasks": (tokens, "[apart]", TASKS),
     "eval.metrics": (part("scores"), "[loss, exact_match]", ()),
     "eval.every": (part("evaluations"), "2", ()),
     "eval.max_rows": (part("scores"), "2", ()),

@@ -32,6 +32,7 @@ from lora_tune.adapter.folder import (
     Manifest,
     ScoreRecord,
     TrainingRecord,
+    begin_writing,
     write_file,
     write_manifest,
 )
@@ -89,11 +90,12 @@ class FinishedRun:
 def write_run(folder: Path, run: FinishedRun) -> Manifest:
     """Write all files of a finished run into its claimed folder; `metrics.jsonl` and `loss.png` are there already.
 
-    Each file appears whole or not at all; the manifest comes last and makes the folder count as finished.
+    Each file appears whole or not at all. The adapter's tensors and configuration come after all that belongs to them,
+    so that no tool takes half a folder for an adapter; the manifest comes last and makes the folder count as finished.
 
     Raises: UsageError where the disk refuses, or the base's weights are gone.
     """
-    write_adapter(folder, run.adapter, source=run.source)
+    begin_writing(folder)
     write_tokenizer(folder, run.chat.tokenizer)
     _write_text(folder, "recipe.yaml", stored_recipe(run.recipe, source=run.source, identities=run.identities))
     _write_json(folder, "ledger.json", dict(run.ledger))
@@ -108,21 +110,22 @@ def write_run(folder: Path, run: FinishedRun) -> Manifest:
         source=run.source,
     )
     _write_text(folder, "README.md", card)
+    write_adapter(folder, run.adapter, source=run.source)
     return write_manifest(folder, manifest)
 
 
 def write_adapter(folder: Path, adapter: SavedAdapter, *, source: BaseSource) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, naming the base as it is recorded, not its path.
+    """Write `adapter_model.safetensors`, then `adapter_config.json`, naming the base as it is recorded, not its path.
 
     Raises: UsageError where the disk refuses.
     """
     from safetensors.torch import save
 
     config = {**adapter.config, "base_model_name_or_path": source.name, "revision": source.revision}
-    _write_json(folder, CONFIG, config)
     write_file(
         folder, WEIGHTS, save({name: tensor.contiguous() for name, tensor in adapter.tensors.items()}, {"format": "pt"})
     )
+    _write_json(folder, CONFIG, config)
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -162,7 +165,15 @@ def stored_recipe(recipe: Recipe, *, source: BaseSource, identities: Sequence[So
                 "chat_template": TEMPLATE if recipe.base.chat_template else None,
             }
         ),
-        "data": tuple(entry.model_copy(update={"source": _file_name(entry.source)}) for entry in recipe.data),
+        "data": tuple(
+            entry.model_copy(
+                update={
+                    "source": _file_name(entry.source),
+                    "prompts": entry.prompts and _file_name(entry.prompts),
+                }
+            )
+            for entry in recipe.data
+        ),
         "output": _file_name(str(Path(recipe.output).resolve())),
     }
     if isinstance(recipe.eval.hold_out, str):

@@ -27,17 +27,18 @@ from lora_tune.data.fit import Documents, Fitting, Pieces
 from lora_tune.data.ledger import Ledger, Packing
 from lora_tune.data.packing import pack
 from lora_tune.data.sources import SourceIdentity, as_dataset
-from lora_tune.data.split import epoch_copies
+from lora_tune.data.split import epoch_copies, mixing_weights
 from lora_tune.data.store import StoredConversations
 from lora_tune.data.token_file import TokenFile, cache_folder, encoder_fingerprint, token_file
 from lora_tune.data.turn_drafts import LossOn
 from lora_tune.errors import DataError, Problem
-from lora_tune.recipe import DataSource, Limits, Train
+from lora_tune.recipe import DataSource, Limits, Mixing, Train
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["Conversations", "Prepared", "encode", "read_conversations"]
+NATURAL = Mixing()
 IGNORED = -100  # label of a token that is not trained
 _CHUNK = 256  # sequences written at a time
 _SCHEMA = pa.schema(
@@ -68,7 +69,14 @@ class Prepared:
 
 
 def encode(
-    conversations: Conversations, chat: ChatTemplate, *, loss_on: LossOn, train: Train, limits: Limits, seed: int
+    conversations: Conversations,
+    chat: ChatTemplate,
+    *,
+    loss_on: LossOn,
+    train: Train,
+    limits: Limits,
+    seed: int,
+    mixing: Mixing = NATURAL,
 ) -> Prepared:
     """Token rows of all conversations, fitted, weighted and packed. Needs no model.
 
@@ -86,7 +94,8 @@ def encode(
     pieces = fitting.pieces(train.too_long)
     held_out, held_out_rows = _held_out(conversations.held_out, held_out_tokens, ledger, train)
     ledger.check(limits)
-    epoch = _weighted(pieces, rows, conversations.train, conversations.data, ledger=ledger, seed=seed)
+    weights = _weights(pieces, rows, conversations, mixing)
+    epoch = _weighted(pieces, rows, conversations.train, weights, ledger=ledger, seed=seed)
     sources = conversations.train.sources[rows.conversation[epoch.row]]
     alone = np.array([not (train.packing and source.pack) for source in conversations.data])[sources]
     sequences = pack(epoch.end - epoch.start, alone, max_length=train.max_length, seed=seed)
@@ -118,11 +127,19 @@ def _refuse(
         raise DataError(problems)
 
 
+def _weights(pieces: Pieces, rows: TokenFile, conversations: Conversations, mixing: Mixing) -> list[float]:
+    """How often a conversation of each source stands in an epoch: by the mixing, times the source's own weight."""
+    kept = np.unique(rows.conversation[pieces.row])
+    counts = np.bincount(conversations.train.sources[kept], minlength=len(conversations.data))
+    shares = mixing_weights(counts[: len(conversations.data)].tolist(), mixing)
+    return [source.weight * share for source, share in zip(conversations.data, shares, strict=True)]
+
+
 def _weighted(
     pieces: Pieces,
     rows: TokenFile,
     conversations: StoredConversations,
-    data: Sequence[DataSource],
+    weights: Sequence[float],
     *,
     ledger: Ledger,
     seed: int,
@@ -131,7 +148,7 @@ def _weighted(
     kept = np.unique(rows.conversation[pieces.row])
     sources = conversations.sources[kept]
     copies = np.zeros(len(conversations), dtype=np.int64)
-    copies[kept] = epoch_copies(sources, [source.weight for source in data], seed=seed)
+    copies[kept] = epoch_copies(sources, weights, seed=seed)
     for number, account in enumerate(ledger.sources):
         account.epoch_rows = int(copies[conversations.sources == number].sum())
     return pieces.take(np.repeat(np.arange(len(pieces)), copies[rows.conversation[pieces.row]]))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_tune.data.store import ConversationStore
+from lora_tune.recipe import Mixing
 from lora_tune.recipe_values import share_of
 
 
@@ -83,6 +84,18 @@ def contradictions(store: ConversationStore, rows: np.ndarray) -> np.ndarray:
     later = np.ones(len(distinct), dtype=bool)
     later[first] = False
     return distinct[later]
+
+
+def mixing_weights(rows: Sequence[int], mixing: Mixing) -> list[float]:
+    """How often each source's rows stand in an epoch, by the number of its rows (sources,).
+
+    Shares go with min(rows, cap) ** (1 / temperature); an epoch has as many rows as the capped sources together.
+    Source: Raffel et al. 2020 (T5, arXiv 1910.10683), section 3.5.2; Wei et al. 2022 (FLAN, arXiv 2109.01652), 2.3.
+    """
+    capped = np.minimum(rows, mixing.cap or np.inf).astype(np.float64)
+    rates = np.where(capped > 0, capped, 0.0) ** (1 / mixing.temperature)
+    wanted = rates / max(rates.sum(), 1e-300) * capped.sum()
+    return [float(weight) for weight in wanted / np.maximum(rows, 1)]
 
 
 def epoch_copies(sources: np.ndarray, weights: Sequence[float], *, seed: int) -> np.ndarray:

@@ -52,7 +52,7 @@ def read_recipe(path: Path, *, overrides: Sequence[str] = ()) -> RecipeFile:
         RecipeError: with every problem of file and overrides, in the order of the lines.
         UsageError: the file cannot be read, or an override is not of the form section.key=value.
     """
-    text = _read(path)
+    text = read_text(path)
     file = str(path)
     tree, problems = parse(text, origin=file)
     if tree is None:
@@ -75,8 +75,11 @@ def read_recipe(path: Path, *, overrides: Sequence[str] = ()) -> RecipeFile:
     return RecipeFile(recipe=recipe, path=path, text=text, overrides=tuple(overrides), warnings=placed, tree=tree)
 
 
-def _read(path: Path) -> str:
-    """The text of the file, without a byte order mark."""
+def read_text(path: Path) -> str:
+    """The text of a recipe file, without a byte order mark.
+
+    Raises: UsageError where it cannot be read, RecipeError where it is too large or not UTF-8.
+    """
     file = str(path)
     if not path.exists():
         raise UsageError(Problem("no such file", "name a recipe, such as recipes/quickstart.yaml", file=file))
@@ -208,18 +211,19 @@ def _in_order(problems: list[Problem], file: str) -> list[Problem]:
 
 def recipe_as_yaml(recipe: Recipe) -> str:
     """The recipe as YAML with every key, also those left at their default; reading it gives an equal recipe."""
-    return "".join(_yaml_lines(recipe.model_dump(mode="json"), indent=""))
+    return "".join(yaml_lines(recipe.model_dump(mode="json"), indent=""))
 
 
-def _yaml_lines(section: dict[str, Any], *, indent: str) -> Iterator[str]:
+def yaml_lines(section: dict[str, Any], *, indent: str = "") -> Iterator[str]:
+    """The lines of a YAML mapping, of scalars that read back as themselves."""
     for key, value in section.items():
         if isinstance(value, dict) and value:
             yield f"{indent}{_yaml_scalar(key)}:\n"
-            yield from _yaml_lines(value, indent=indent + "  ")
+            yield from yaml_lines(value, indent=indent + "  ")
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             yield f"{indent}{_yaml_scalar(key)}:\n"
             for entry in value:
-                first, *rest = _yaml_lines(entry, indent=indent + "    ")
+                first, *rest = yaml_lines(entry, indent=indent + "    ")
                 yield f"{indent}  - {first.lstrip(' ')}"
                 yield from rest
         elif isinstance(value, list):

@@ -57,6 +57,37 @@ def base_problems(file: RecipeFile) -> list[Problem]:
     return problems
 
 
+@app.command("import")
+def import_foreign(
+    source: Annotated[
+        Path, typer.Argument(help="A configuration of axolotl, LLaMA-Factory, TRL, torchtune, LitGPT, …")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The recipe to write; without it, it is printed.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Translate another tool's configuration, and name everything that could not be carried over."""
+    from lora_tune.recipe_import import import_recipe
+
+    if output is not None and output.exists():
+        raise UsageError(Problem("is there already", "name a new file", str(output), key="--output"))
+    imported = import_recipe(source)
+    if output is not None:
+        try:
+            output.write_text(imported.text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(Problem(f"cannot be written: {error.strerror}", "name another", str(output))) from None
+    if as_json:
+        print_json({"exit_code": 0, "tool": imported.tool, "recipe": imported.text}, imported.problems)
+        return
+    print_problems(imported.problems)
+    if output is None:
+        sys.stdout.write(imported.text)
+    else:
+        results().print(f"{output}: written from {imported.tool}'s {source.name}; lora-tune recipe check {output}")
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, from which editors complete."""

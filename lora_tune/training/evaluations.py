@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from lora_tune.errors import UsageError
+from lora_tune.interrupts import Stop
 from lora_tune.training.state import trainable_tensors, undisturbed
 
 
@@ -33,12 +35,14 @@ class Evaluation:
 
 @dataclass(slots=True)
 class Standing:
-    """Where the evaluations stand: the best loss so far, its step, and how many came since."""
+    """Where the evaluations stand: the best loss so far, its step, how many came since, and whether the evaluation of
+    this step was cut short and is still to be made."""
 
     best_loss: float | None = None
     best_step: int | None = None
     since_best: int = 0
     stopped: bool = False
+    pending: bool = False
 
 
 @dataclass(slots=True)
@@ -52,6 +56,17 @@ class Evaluations:
     def due(self, step: int, *, last_step: int) -> bool:
         """Whether to evaluate after this step; the last one counts where the best weights are kept."""
         return step % self.plan.every == 0 or (self.plan.keep == "best" and step == last_step)
+
+    @contextmanager
+    def whole_or_pending(self) -> Iterator[None]:
+        """Inside, an evaluation that a signal cuts short leaves everything as it was, and is pending."""
+        before, best = replace(self.standing, pending=True), self.best_tensors
+        try:
+            yield
+        except Stop:
+            self.standing, self.best_tensors = before, best
+            raise
+        self.standing.pending = False
 
     def run(self, model: PreTrainedModel, *, step: int) -> tuple[dict[str, float], list[tuple[str, str]]]:
         """Measure the model, update the standing, and return the numbers and the sample answers.

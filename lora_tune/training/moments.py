@@ -25,6 +25,12 @@ class Moments(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stop where a signal came while the checkpoint was written."""
+        if self.trainer.signals.caught is not None and self.trainer.saved_step == state.global_step:
+            control.should_training_stop = True
+        return control
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """What is due after an epoch."""
         control.should_evaluate = False

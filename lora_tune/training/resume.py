@@ -22,7 +22,7 @@ from lora_tune.training.identity import check_identity
 from lora_tune.training.progress import TrainingDisplay
 from lora_tune.training.schedule import Steps
 
-_TRAINER_STATE = "trainer_state.json"  # the name that transformers reads
+TRAINER_STATE = "trainer_state.json"  # the name that transformers reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class ResumableTrainer(Trainer):
             "random.safetensors": write_random,
             "schedule.json": lambda path: _write_json(path, schedule),
             checkpoint.RUN: lambda path: _write_json(path, run),
-            _TRAINER_STATE: lambda path: replace(self.state, log_history=[]).save_to_json(str(path)),
+            TRAINER_STATE: lambda path: replace(self.state, log_history=[]).save_to_json(str(path)),
         }
         return files | ({"best.safetensors": partial(state.write_tensors, best)} if best else {})
 
@@ -144,6 +144,10 @@ class ResumableTrainer(Trainer):
             for name in ("micro_batch_size", "accumulation"):
                 del before[name], now[name]
         check_identity({"steps": before}, {"steps": now})
+
+    def evaluations_stopped(self) -> bool:
+        """Whether the evaluations so far have ended the training."""
+        return self.evaluations is not None and self.evaluations.standing.stopped
 
     @staticmethod
     def standing_in(found: checkpoint.Checkpoint) -> Standing:

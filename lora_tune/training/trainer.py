@@ -22,11 +22,12 @@ os.environ["DISABLE_TELEMETRY"] = "1"
 import psutil
 import torch
 from torch import nn
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from lora_tune.errors import DataError, Interrupted
+from lora_tune.interrupts import Stop, signal_name
 from lora_tune.model.methods import cast_inputs
 from lora_tune.recipe import Train
 from lora_tune.training import state
@@ -36,7 +37,8 @@ from lora_tune.training.guard import StepGuard, StepNumbers, largest_weight, pla
 from lora_tune.training.loss import summed_loss
 from lora_tune.training.moments import Moments
 from lora_tune.training.replan import ReplanningTrainer
-from lora_tune.training.resume import RunFacts
+from lora_tune.training.checkpoint import Checkpoint
+from lora_tune.training.resume import TRAINER_STATE, RunFacts
 from lora_tune.training.schedule import SCHEDULES, Steps, mixed_precision, optimizer_name, plan_steps
 from lora_tune.training.signals import SignalWatch
 
@@ -188,7 +190,9 @@ class RunTrainer(ReplanningTrainer, SFTTrainer):
         set_seed(self.args.seed)
         self.model.train()  # a base comes loaded in evaluation mode, in which NEFTune adds no noise
         self.saved_step = start.step if start else None
-        if start and (start.step >= self.steps.total_steps or self.standing_in(start).stopped):
+        if start:
+            self._catch_up(start)
+        if start and (start.step >= self.steps.total_steps or self.evaluations_stopped()):
             self._load_from_checkpoint(str(start.folder))
             self.state.global_step = start.step
             result = TrainOutput(start.step, 0.0, {})
@@ -199,10 +203,7 @@ class RunTrainer(ReplanningTrainer, SFTTrainer):
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self._chat.align(self.model)  # transformers puts the tokenizer's special tokens in when it starts
         if self.signals.caught is not None:
-            step = self.state.global_step
-            raise Interrupted(
-                self.signals.caught, f"stopped by a signal after step {step}; --resume goes on from there"
-            )
+            raise Interrupted(self.signals.caught, self._stopped_by(self.signals.caught))
         if self.evaluations and self.evaluations.best_tensors:
             state.set_trainable_tensors(self.model, self.evaluations.best_tensors)
         return result
@@ -297,8 +298,13 @@ class RunTrainer(ReplanningTrainer, SFTTrainer):
         """The numbers of the run's own evaluation; with a data set, what `SFTTrainer.evaluate` gives."""
         if eval_dataset is not None or self.evaluations is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        with self._casts("adapter dtype"):
-            scores, answers = self.evaluations.run(self.model, step=self.state.global_step)
+        try:
+            with self._casts("adapter dtype"), self.evaluations.whole_or_pending(), self.signals.cut_short():
+                scores, answers = self.evaluations.run(self.model, step=self.state.global_step)
+        except Stop:  # the evaluation is repeated by the resumed run
+            self.control.should_evaluate = False
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))
         self.control.should_training_stop |= self.evaluations.standing.stopped
@@ -306,6 +312,29 @@ class RunTrainer(ReplanningTrainer, SFTTrainer):
         if self.facts.display is not None:
             self.facts.display.on_answers(self.state.global_step, answers)
         return metrics
+
+    def _catch_up(self, start: Checkpoint) -> None:
+        """The evaluation that a signal cut short at the step to resume, from the same weights."""
+        if self.evaluations is None or not self.evaluations.standing.pending:
+            return
+        self._load_from_checkpoint(str(start.folder))
+        self.state = TrainerState.load_from_json(str(start.folder / TRAINER_STATE))
+        display = closing(self.facts.display) if self.facts.display else nullcontext()
+        with self.signals, display as shown, self._casts("autocast"):
+            if shown is not None:
+                shown.on_train_begin(self.args, self.state, self.control)
+            self.evaluate()
+        if self.signals.caught is not None:
+            raise Interrupted(self.signals.caught, self._stopped_by(self.signals.caught))
+
+    def _stopped_by(self, number: int) -> str:
+        """What to say after a signal: up to which step the work is saved."""
+        step, saved = self.state.global_step, self.saved_step
+        name = signal_name(number)
+        if saved == step:
+            return f"stopped by {name} after step {step}; the same command with --resume goes on from there"
+        return f"stopped by {name} after step {step}, but its checkpoint could not be written; --resume goes on from \
+step {saved or 0}"
 
     @contextmanager
     def _casts(self, to: Literal["adapter dtype", "autocast"]) -> Iterator[None]:

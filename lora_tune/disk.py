@@ -1,4 +1,4 @@
-"""Room on the disk: how much is free, a reserve for what is written at the end, and what to say of a full one."""
+"""The disk: how much room is free, a reserve for what is written at the end, what to say of a full one; syncing."""
 
 from __future__ import annotations
 
@@ -46,6 +46,20 @@ def tree_bytes(folder: Path) -> int:
         with suppress(OSError):
             total += path.stat().st_size if path.is_file() else 0
     return total
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk. Windows has no such call for folders.
+
+    Raises: OSError.
+    """
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_reserve(path: Path, size: int) -> None:

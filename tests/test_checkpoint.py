@@ -41,6 +41,87 @@ def test_the_newest_are_kept_by_step_whatever_the_clock_says(tmp_path: Path) -> 
     assert found is not None and found.step == 15
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("offset", [-3600, 0, 3600])
+def test_rotation_follows_the_steps_under_a_wrong_clock(
+    tmp_path: Path, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock goes back or forth by an hour between saves, or all folders have one time: the newest step stays."""
+    import os
+    import time
+
+    now = time.time()
+    for number, step in enumerate((2, 4, 6, 8), 1):
+        folder = save(tmp_path, step)
+        when = now + offset * number
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (when, when))
+        assert checkpoint.steps(tmp_path) == [s for s in (8, 6, 4, 2) if step - 4 < s <= step]
+    monkeypatch.setattr(time, "time", lambda: now - 10**6)
+    found = checkpoint.newest(tmp_path, report=pytest.fail)
+    assert found is not None and found.step == 8
+
+
+def test_an_older_valid_checkpoint_stays_while_newer_ones_are_damaged(tmp_path: Path) -> None:
+    """`keep` counts valid ones: as long as there are fewer, nothing that can be resumed is deleted."""
+    save(tmp_path, 5)
+    for step in (10, 15):
+        (save(tmp_path, step) / "a.json").write_text("damaged")
+    save(tmp_path, 20)
+    assert checkpoint.steps(tmp_path) == [20, 15, 10, 5]
+    save(tmp_path, 25)
+    assert checkpoint.steps(tmp_path) == [25, 20]
+
+
+def test_what_is_set_aside_is_never_written_over(tmp_path: Path) -> None:
+    save(tmp_path, 5, keep=9)
+    for text in ("first", "second"):
+        (save(tmp_path, 10, keep=9) / "a.json").write_text(text)
+        found = checkpoint.newest(tmp_path, report=lambda line: None)
+        assert found is not None and found.step == 5
+    kept = tmp_path / "checkpoints"
+    assert (kept / "damaged-step-00000010" / "a.json").read_text() == "first"
+    assert (kept / "damaged-step-00000010.2" / "a.json").read_text() == "second"
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_valid_one_stays(tmp_path: Path) -> None:
+    first = save(tmp_path, 5, text='{"n": 1}')
+    assert save(tmp_path, 5, text='{"n": 2}') == first and checkpoint.read(first).run == {"n": 1}
+    (first / "a.json").unlink()
+    assert checkpoint.read(save(tmp_path, 5, text='{"n": 3}')).run == {"n": 3}
+    assert "damaged-step-00000005" in names(tmp_path)
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    save(ours, 5)
+    shutil.copytree(save(theirs, 10), ours / "checkpoints" / "step-00000010")
+    assert checkpoint.read(ours / "checkpoints" / "step-00000010").run_id != (
+        (ours / "checkpoints" / "run.id").read_text()
+    )
+    said: list[str] = []
+    found = checkpoint.newest(ours, report=said.append)
+    assert found is not None and found.step == 5
+    assert len(said) == 1 and "step 10" in said[0] and "another run" in said[0]
+    assert names(ours) == ["foreign-step-00000010", "run.id", "step-00000005"]
+
+
+@pytest.mark.parametrize("damage", ["", "0" * 32, "\x00" * 32, None])
+def test_a_damaged_run_id_costs_no_checkpoint(tmp_path: Path, damage: str | None) -> None:
+    """The checkpoints know their run as well; what stands in the small file decides only between several."""
+    before = checkpoint.read(save(tmp_path, 5)).run_id
+    save(tmp_path, 10)
+    path = tmp_path / "checkpoints" / "run.id"
+    path.unlink() if damage is None else path.write_text(damage)
+    found = checkpoint.newest(tmp_path, report=pytest.fail)
+    assert found is not None and (found.step, found.run_id) == (10, before)
+    save(tmp_path, 15)
+    assert checkpoint.steps(tmp_path)[0] == 15
+
+
 @pytest.mark.parametrize("file", ["run.json", "a.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "bit", "older"])
 def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_taken(tmp_path: Path, file: str, damage: str) -> None:
@@ -62,8 +143,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_older_one_taken(tmp_path: Pat
 
 def test_when_all_are_damaged_it_says_so_and_stops(tmp_path: Path) -> None:
     (save(tmp_path, 5) / "a.json").unlink()
-    with pytest.raises(CheckFailed, match="no checkpoint of this run is valid"):
-        checkpoint.newest(tmp_path, report=lambda line: None)
+    for _ in range(2):  # asked again, it says so again: nothing was moved away
+        with pytest.raises(CheckFailed, match="no checkpoint of this run is valid"):
+            checkpoint.newest(tmp_path, report=pytest.fail)
 
 
 def test_a_save_that_was_killed_or_failed_leaves_the_older_ones(tmp_path: Path) -> None:
@@ -77,7 +159,7 @@ def test_a_save_that_was_killed_or_failed_leaves_the_older_ones(tmp_path: Path) 
     (tmp_path / "checkpoints" / ".writing-step-00000010").mkdir()
     assert checkpoint.steps(tmp_path) == [5]
     save(tmp_path, 15)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000015"]
+    assert names(tmp_path) == ["run.id", "step-00000005", "step-00000015"]
 
 
 def test_a_changed_run_is_refused_field_by_field() -> None:

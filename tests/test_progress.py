@@ -14,7 +14,8 @@ from lora_tune.errors import UsageError
 from lora_tune.recipe import Train
 from lora_tune.training import progress
 from lora_tune.training.evaluations import Evaluation
-from lora_tune.training.progress import METRICS, TrainingDisplay, draw_loss, keep_metrics, read_metrics
+from lora_tune.training.metrics_file import MetricsFile
+from lora_tune.training.progress import METRICS, TrainingDisplay, draw_loss, read_metrics
 from lora_tune.training.resume import RunFacts
 
 TRAIN = Train(batch_size=4, micro_batch_size=2, max_steps=6, save_every=2, keep_checkpoints=9, learning_rate=5e-3)
@@ -74,7 +75,7 @@ def test_a_resumed_run_goes_on_in_the_same_file(tiny_base: Path, finished: tuple
 
 def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text('{"step": 1, "loss": 2.0}\n')
-    keep_metrics(tmp_path / METRICS, up_to_step=0)
+    MetricsFile(tmp_path / METRICS, up_to_step=0).close()
     assert (tmp_path / METRICS).read_text() == ""
 
 

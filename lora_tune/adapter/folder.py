@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_tune.adapter.regular_file import read_json, read_json_object
-from lora_tune.disk import FULL, disk_text
+from lora_tune.disk import FULL, disk_text, sync
 from lora_tune.errors import CheckFailed, LoraTuneError, Problem, ResourceError, UsageError
 
 FORMAT = 1
@@ -46,6 +47,7 @@ FILES: dict[str, str] = {
     VECTORS: "prompts with log-probabilities, to prove that base, template and adapter really loaded",
     "metrics.jsonl": "one line for each optimizer step",
     "loss.png": "the loss as a curve",
+    "report.html": "the run as a page: scores, answers, curves, data, rows that stay hard, cost",
     "README.md": "the model card",
     MANIFEST: "hashes of all other files, identities of base and data, scores",
 }
@@ -217,7 +219,8 @@ def write_file(folder: Path, name: str, data: bytes) -> Path:
             os.fsync(stream.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise unwritable(target, error) from None
     return target
 
@@ -228,14 +231,34 @@ def write_json(folder: Path, name: str, content: Any) -> Path:
     return write_file(folder, name, (text + "\n").encode())
 
 
+def begin_writing(folder: Path) -> None:
+    """Take the manifest away before other files change: half a folder never counts as finished.
+
+    Raises: UsageError, ResourceError.
+    """
+    try:
+        (folder / MANIFEST).unlink(missing_ok=True)
+        sync(folder)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Hash every documented file that is there and write the manifest: from now on the run counts as finished.
 
-    `manifest.files` is filled in here. Returns the manifest as written.
+    `manifest.files` is filled in here. All that it vouches for is on the disk before it is, so that no power cut
+    leaves a manifest without its files. Returns the manifest as written. Raises: UsageError, ResourceError.
     """
     present = sorted(name for name in FILES if name != MANIFEST and (folder / name).is_file())
+    try:
+        for path in (*(folder / name for name in present), folder):
+            sync(path)
+    except OSError as error:
+        raise unwritable(folder, error) from None
     complete = manifest.model_copy(update={"files": {name: file_record(folder / name) for name in present}})
     write_json(folder, MANIFEST, complete.model_dump(mode="json"))
+    with suppress(OSError):  # every file is on the disk; the name of the last one will follow
+        sync(folder)
     return complete
 
 

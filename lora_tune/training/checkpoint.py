@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_tune.disk import sync
 from lora_tune.errors import CheckFailed, Problem
 
 FOLDER = "checkpoints"
@@ -75,9 +75,9 @@ def save(run_folder: Path, step: int, files: Mapping[str, Writer], *, keep: int)
             write(stage / name)
         sealed = {path.name: _seal(path) for path in sorted(stage.iterdir())}
         _write_manifest(stage / MANIFEST, {"version": VERSION, "run": run_id, "step": step, "files": sealed})
-        _sync(stage)
+        sync(stage)
         stage.rename(final)
-        _sync(checkpoints)
+        sync(checkpoints)
     except OSError:
         shutil.rmtree(stage, ignore_errors=True)
         raise
@@ -204,7 +204,7 @@ def _run_id(checkpoints: Path) -> str:
     run_id = found.run_id if found else uuid.uuid4().hex
     part = checkpoints / f".writing-{RUN_ID}"
     part.write_text(run_id, encoding="ascii")
-    _sync(part)
+    sync(part)
     part.replace(checkpoints / RUN_ID)
     return run_id
 
@@ -223,23 +223,12 @@ def _manifest_sum(manifest: Mapping[str, Any]) -> str:
 
 def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     path.write_text(json.dumps({**manifest, "sha256": _manifest_sum(manifest)}, indent=1), encoding="utf-8")
-    _sync(path)
+    sync(path)
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    _sync(path)
+    sync(path)
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk. Windows has no such call for folders."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _valid(folder: Path, run_id: str) -> bool:

@@ -6,14 +6,12 @@ The live display is drawn on stderr, and becomes one plain line now and then whe
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback
@@ -21,12 +19,15 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 
 from lora_tune.errors import Problem, UsageError
 from lora_tune.terminal import messages, printable
+from lora_tune.training.metrics_file import METRICS as METRICS
+from lora_tune.training.metrics_file import MetricsFile, write_whole
+from lora_tune.training.metrics_file import read_metrics as read_metrics
+from lora_tune.training.schedule import UNLIMITED
 
-METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
 _PLAIN_EVERY_S = 15.0  # seconds between lines where stderr is no terminal
 _WINDOW = 50  # steps over which speed is averaged
-_STEP_KEYS = ("grad_norm", "learning_rate", "tokens", "trained_tokens", "step_s", "gib", "micro_batch_size")
+_STEP_KEYS = ("grad_norm", "learning_rate", "tokens", "trained_tokens", "step_s", "gib", "micro_batch_size", "progress")
 # recipe name -> packages of which one must be installed
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -45,7 +46,7 @@ class TrainingDisplay(TrainerCallback):
     def __init__(self, folder: Path, *, style: Literal["auto", "none"] = "auto") -> None:
         self.path = folder / METRICS
         self.style = style
-        self._file: IO[str] | None = None
+        self._file: MetricsFile | None = None
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._recent: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
@@ -54,8 +55,7 @@ class TrainingDisplay(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the file, cut back to the step at which the training goes on, and start the live line."""
-        keep_metrics(self.path, up_to_step=state.global_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = MetricsFile(self.path, up_to_step=state.global_step)
         for row in self._before:
             self._write(row)
         self._before = []
@@ -64,7 +64,7 @@ class TrainingDisplay(TrainerCallback):
             text = TextColumn("{task.description}", markup=False)
             columns = (TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), text)
             self._bar = Progress(*columns, console=console)
-            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self._task = self._bar.add_task("", total=_total(state), completed=state.global_step)
             self._bar.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -97,28 +97,33 @@ class TrainingDisplay(TrainerCallback):
         else:
             self._before.append(row)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Bring the file to the disk with the checkpoint."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+    def text(self) -> str:
+        """The lines of `metrics.jsonl` so far, for a checkpoint."""
+        return self._file.text() if self._file is not None else ""
+
+    def take_up(self, text: str) -> None:
+        """Put the lines that a checkpoint holds in place of the file. Raises: OSError."""
+        write_whole(self.path, text)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the live line and the file."""
+        """Close the live line and the file, which has every line then. Raises: OSError."""
+        file, self._file = self._file, None
         self.close()
+        if file is not None:
+            file.close()
 
     def close(self) -> None:
-        """End the live line and close the file; may be called more than once."""
+        """End the live line and close the file as it is; may be called more than once."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
         if self._file is not None:
-            self._file.close()
+            self._file.leave()
             self._file = None
 
     def _write(self, row: Mapping[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
+            self._file.write(row)
 
     def _line(self, logs: Mapping[str, Any], *, left: int) -> str:
         seconds = sum(spent for _, spent in self._recent)
@@ -129,7 +134,7 @@ class TrainingDisplay(TrainerCallback):
 
     def _show(self, line: str, *, state: Any) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, description=line)
+            self._bar.update(self._task, total=_total(state), completed=state.global_step, description=line)
             return
         now = time.monotonic()
         if now - self._said >= _PLAIN_EVERY_S or state.global_step in (1, state.max_steps):
@@ -145,28 +150,6 @@ def step_row(logs: Mapping[str, Any], *, step: int, epoch: float) -> dict[str, A
     """The line of `metrics.jsonl` for a step. Both forms of the loss are exact; `loss_hex` is for the eye of a diff."""
     numbers = _finite({name: logs[name] for name in _STEP_KEYS if name in logs})
     return {"step": step, "epoch": epoch, "loss": logs["loss"], "loss_hex": float(logs["loss"]).hex(), **numbers}
-
-
-def keep_metrics(path: Path, *, up_to_step: int) -> None:
-    """Cut `metrics.jsonl` back to the lines of steps up to this one; a line cut short by a kill goes too."""
-    kept = [row for row in read_metrics(path) if row["step"] <= up_to_step]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-    part.replace(path)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, leaving out a last line that was cut short; none where the file is missing."""
-    rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:
@@ -227,6 +210,11 @@ def _smoothed(values: Sequence[float]) -> Iterable[float]:
     for value in values:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         yield mean / weight
+
+
+def _total(state: Any) -> int | None:
+    """The steps of this training as far as they are known; a time budget sets them after its first steps."""
+    return None if state.max_steps >= UNLIMITED else state.max_steps
 
 
 def _short(text: str) -> str:

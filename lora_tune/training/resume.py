@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,10 +20,11 @@ from lora_tune.training import checkpoint, state
 from lora_tune.training.evaluations import Evaluations, Standing
 from lora_tune.training.guard import StepGuard, require_finite
 from lora_tune.training.identity import check_identity
-from lora_tune.training.progress import TrainingDisplay
+from lora_tune.training.progress import METRICS, TrainingDisplay
 from lora_tune.training.schedule import Steps
 
 TRAINER_STATE = "trainer_state.json"  # the name that transformers reads
+_BEST = "best.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class RunFacts:
     (`--allow-change`); `resolved` holds values fixed at the start of the run; it and the identity stand in every
     checkpoint. `groups` makes the optimizer's parameter groups (LoRA+). `sources` names the data sources by number for
     messages about rows; `report` gets lines worth reading, such as a checkpoint that was not written.
+    `clock` gives the seconds that a time budget counts.
     """
 
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -43,6 +46,7 @@ class RunFacts:
     display: TrainingDisplay | None = None
     trackers: Sequence[TrainerCallback] = ()
     report: Callable[[str], None] = print
+    clock: Callable[[], float] = time.monotonic
 
 
 class ResumableTrainer(Trainer):
@@ -93,7 +97,10 @@ class ResumableTrainer(Trainer):
             checkpoint.RUN: lambda path: _write_json(path, run),
             TRAINER_STATE: lambda path: replace(self.state, log_history=[]).save_to_json(str(path)),
         }
-        return files | ({"best.safetensors": partial(state.write_tensors, best)} if best else {})
+        if self.facts.display is not None:
+            lines = self.facts.display.text()
+            files[METRICS] = lambda path: path.write_text(lines, encoding="utf-8") and None
+        return files | ({_BEST: partial(state.write_tensors, best)} if best else {})
 
     def resolved(self) -> dict[str, Any]:
         """Every value that was decided at run time."""
@@ -126,8 +133,9 @@ class ResumableTrainer(Trainer):
         self.go_on(found.run)
         if self.evaluations:
             self.evaluations.standing = self.standing_in(found)
-            best = found.folder / "best.safetensors"
-            self.evaluations.best_tensors = load_file(best) if best.exists() else {}
+            self.evaluations.best_tensors = load_file(found.folder / _BEST) if _BEST in found.files else {}
+        if self.facts.display is not None and METRICS in found.files:
+            self.facts.display.take_up((found.folder / METRICS).read_text(encoding="utf-8"))
         return found
 
     def _check_steps(self, found: checkpoint.Checkpoint) -> None:

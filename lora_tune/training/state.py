@@ -6,7 +6,9 @@ Nothing here knows files other than by the two formats it writes: safetensors fo
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_tune.errors import CheckFailed
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +88,18 @@ def read_random_state(*, tensors: Path, text: Path) -> RandomState:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors with their own dtypes; each gets its own memory, as safetensors asks."""
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path)
+    """Write tensors with their own dtypes; each gets its own memory, as safetensors asks.
+
+    Raises: OSError where the disk refuses; safetensors has an error of its own for that.
+    """
+    named = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(named, path)
+    except SafetensorError as error:
+        number = _OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -260,7 +260,7 @@ SCORES = {
 
 
 def test_a_difference_is_better_worse_or_the_same_by_its_interval() -> None:
-    assert {name: report.verdict(name, score) for name, score in SCORES.items()} == {
+    assert {name: report.verdict(score) for name, score in SCORES.items()} == {
         "loss": "better",
         "exact_match": "worse",
         "rouge_l": "same",

@@ -9,15 +9,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_tune.evaluation.metrics import METRICS
 from lora_tune.terminal import printable
 
 if TYPE_CHECKING:
     from lora_tune.evaluation.scores import Sample, Score
 
 _ARROWS = {"lower": "↓", "higher": "↑"}
-_COLUMNS = ("metric", "base", "adapter", "difference", "95 % interval", "rows")
-_NOTE = "↑ higher is better, ↓ lower is better; paired bootstrap interval of adapter - base over the same held-out rows"
+_COLUMNS = ("metric", "base", "adapter", "difference", "95 % interval", "p", "rows")
+_NOTE = "↑ higher is better, ↓ lower is better; paired bootstrap interval of adapter - base; p: of a paired test"
 _FEW = 30  # rows below which a percentile interval is too narrow to be relied on
 
 
@@ -27,9 +26,9 @@ def scores_table(scores: dict[str, Score]) -> Table:
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for name, score in scores.items():
-        metric, base, adapter, difference, interval, rows = _cells(name, score)
-        style = {"better": "green", "worse": "red", "same": ""}[verdict(name, score)]
-        table.add_row(metric, base, adapter, Text(difference, style), Text(interval, style), rows)
+        metric, base, adapter, difference, interval, p_value, rows = _cells(name, score)
+        style = {"better": "green", "worse": "red", "same": ""}[verdict(score)]
+        table.add_row(metric, base, adapter, Text(difference, style), Text(interval, style), p_value, rows)
     return table
 
 
@@ -48,12 +47,12 @@ def samples_table(samples: Sequence[Sample]) -> RenderableType:
     return Group(*parts)
 
 
-def verdict(name: str, score: Score) -> str:
+def verdict(score: Score) -> str:
     """ "better", "worse" or "same": whether the interval of the difference lies wholly on one side of 0."""
     if score.low <= 0 <= score.high:
         return "same"
     rose = score.low > 0
-    return "better" if rose == (METRICS[name].direction == "higher") else "worse"
+    return "better" if rose == (score.direction == "higher") else "worse"
 
 
 def _note(scores: dict[str, Score]) -> str:
@@ -62,7 +61,8 @@ def _note(scores: dict[str, Score]) -> str:
 
 
 def _cells(name: str, score: Score) -> tuple[str, ...]:
-    difference = f"{score.adapter - score.base:+.4f}"
+    difference = f"{score.difference:+.4f}"
     interval = f"{score.low:+.4f} … {score.high:+.4f}"
-    arrow = _ARROWS[METRICS[name].direction]
-    return f"{name} {arrow}", f"{score.base:.4f}", f"{score.adapter:.4f}", difference, interval, str(score.rows)
+    p_value = "< 0.001" if score.p_value < 0.001 else f"{score.p_value:.3f}"
+    sides = f"{score.base:.4f}", f"{score.adapter:.4f}"
+    return f"{name} {_ARROWS[score.direction]}", *sides, difference, interval, p_value, str(score.rows)

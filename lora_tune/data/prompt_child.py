@@ -44,14 +44,19 @@ def _limits() -> Any:
 
 def environment() -> Any:
     """promptsource's jinja2 environment, sandboxed."""
+    from jinja2 import pass_context
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    @pass_context  # so that jinja2 does not draw once for all rows when it folds constants
+    def choice(_: Any, items: Any) -> Any:
+        return random.choice(list(items))
 
     def most_frequent(items: Any) -> list[Any]:
         counts = Counter(items).most_common()
         return [item for item, count in counts if count == counts[0][1]]
 
     env = ImmutableSandboxedEnvironment(finalize=lambda value: "" if value is None else value)
-    env.filters["choice"] = lambda items: random.choice(list(items))
+    env.filters["choice"] = choice
     env.filters["most_frequent"] = most_frequent
     env.globals["zip"] = zip
     return env

@@ -13,6 +13,7 @@ from lora_tune.errors import Problem, RecipeError
 from lora_tune.recipe import Train
 from lora_tune.recipe_values import share_of
 
+UNLIMITED = 2**31 - 1  # steps of a training that ends with its time
 # recipe name -> name in transformers
 OPTIMIZERS = {
     "auto": "adamw_torch_fused",
@@ -35,7 +36,10 @@ SCHEDULES = {
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """The steps of a training. An epoch shows every row once; its last step may hold fewer sequences."""
+    """The steps of a training. An epoch shows every row once; its last step may hold fewer sequences.
+
+    With a time budget `total_steps` is UNLIMITED.
+    """
 
     micro_batch_size: int
     accumulation: int
@@ -63,6 +67,8 @@ def plan_steps(rows: int, train: Train) -> Steps:
         raise RecipeError(Problem(reason, key="train.micro_batch_size"))
     accumulation = train.batch_size // micro
     steps_per_epoch = math.ceil(math.ceil(rows / micro) / accumulation)
+    if train.budget:  # training/budget.py says when it ends and where its warm-up does
+        return Steps(micro, accumulation, steps_per_epoch, UNLIMITED, 0)
     total = train.max_steps or math.ceil(train.epochs * steps_per_epoch)
     return Steps(micro, accumulation, steps_per_epoch, total, min(share_of(train.warmup, total), total))
 

@@ -32,12 +32,12 @@ from lora_tune.model.methods import cast_inputs
 from lora_tune.recipe import Train
 from lora_tune.training import state
 from lora_tune.training.batches import IGNORED, EpochSampler, FoldedCollator
+from lora_tune.training.budget import BudgetedTrainer, plan_budget
+from lora_tune.training.checkpoint import Checkpoint
 from lora_tune.training.evaluations import Evaluation, Evaluations
 from lora_tune.training.guard import StepGuard, StepNumbers, largest_weight, places
 from lora_tune.training.loss import summed_loss
 from lora_tune.training.moments import Moments
-from lora_tune.training.replan import ReplanningTrainer
-from lora_tune.training.checkpoint import Checkpoint
 from lora_tune.training.resume import TRAINER_STATE, RunFacts
 from lora_tune.training.schedule import SCHEDULES, Steps, mixed_precision, optimizer_name, plan_steps
 from lora_tune.training.signals import SignalWatch
@@ -93,7 +93,7 @@ def _sft_config(model: PeftModel, *, train: Train, steps: Steps, seed: int, fold
         per_device_train_batch_size=steps.micro_batch_size,
         gradient_accumulation_steps=steps.accumulation,
         num_train_epochs=train.epochs,
-        max_steps=train.max_steps or -1,
+        max_steps=steps.total_steps if train.budget else train.max_steps or -1,
         optim=optimizer_name(train),
         learning_rate=train.learning_rate,
         lr_scheduler_type=SCHEDULES[train.schedule],
@@ -120,7 +120,7 @@ def _sft_config(model: PeftModel, *, train: Train, steps: Steps, seed: int, fold
     )
 
 
-class RunTrainer(ReplanningTrainer, SFTTrainer):
+class RunTrainer(BudgetedTrainer, SFTTrainer):
     """The `SFTTrainer` that `build` returns; `for_run` tells it what else a run wants recorded."""
 
     model: Any
@@ -159,6 +159,10 @@ class RunTrainer(ReplanningTrainer, SFTTrainer):
         self.guard = StepGuard(self.model, max_skipped=train.max_skipped_steps, report=self.facts.report)
         self._chat = chat
         self.replans = []
+        self.budget = None
+        if train.budget:
+            every, keep = (evaluation.every, evaluation.keep) if evaluation else (0, "last")
+            self.keep_to(plan_budget(train, steps_per_epoch=steps.steps_per_epoch, evaluate_every=every, keep=keep))
         self._step_began = 0.0
         self._step_tokens = 0
         self._step_trained_tokens = torch.zeros(())
@@ -192,7 +196,7 @@ class RunTrainer(ReplanningTrainer, SFTTrainer):
         self.saved_step = start.step if start else None
         if start:
             self._catch_up(start)
-        if start and (start.step >= self.steps.total_steps or self.evaluations_stopped()):
+        if start and (self.ended(start) or self.evaluations_stopped()):
             self._load_from_checkpoint(str(start.folder))
             self.state.global_step = start.step
             result = TrainOutput(start.step, 0.0, {})
@@ -287,6 +291,8 @@ class RunTrainer(ReplanningTrainer, SFTTrainer):
             logs["step_s"] = time.perf_counter() - self._step_began
             logs["gib"] = memory_gib()
             logs["micro_batch_size"] = self.micro_batch_size
+            if self.budget is not None:
+                logs["progress"] = self.budget.spent.points[-1]
             if self.guard.skipping:
                 logs["skipped"] = 1.0
                 del logs["loss"], logs["grad_norm"]

@@ -118,6 +118,10 @@ def _rendered(
             new = made.every(apart.tolist()) if tasks[number] else made.held_out(apart.tolist(), examples)
             apart = np.array(new, dtype=np.int64)
             problems += made.problems
+            if account.skipped and not len(mine) + len(apart):
+                reason = f"no template applies to any row of {account.name}: input or target stays empty"
+                fix = "check its columns; where labels are text (CSV), write answer_choices[label | int]"
+                problems.append(Problem(reason, fix, file=rows.prompts[number].file.file))
         trained.append(mine)
         asked.append(apart)
     if problems:

@@ -92,6 +92,8 @@ def mixing_weights(rows: Sequence[int], mixing: Mixing) -> list[float]:
     Shares go with min(rows, cap) ** (1 / temperature); an epoch has as many rows as the capped sources together.
     Source: Raffel et al. 2020 (T5, arXiv 1910.10683), section 3.5.2; Wei et al. 2022 (FLAN, arXiv 2109.01652), 2.3.
     """
+    if mixing.cap is None and mixing.temperature == 1:
+        return [float(count > 0) for count in rows]
     capped = np.minimum(rows, mixing.cap or np.inf).astype(np.float64)
     rates = np.where(capped > 0, capped, 0.0) ** (1 / mixing.temperature)
     wanted = rates / max(rates.sum(), 1e-300) * capped.sum()

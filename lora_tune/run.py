@@ -25,6 +25,7 @@ from lora_tune.terminal import activity, messages, print_json, print_problems, r
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from lora_tune.adapter.write import FinishedRun
     from lora_tune.data.chat_template import ChatTemplate
     from lora_tune.data.pipeline import Prepared
     from lora_tune.evaluation.scores import Comparison
@@ -61,7 +62,7 @@ def run(file: RecipeFile, *, mode: Mode = "new", trust_remote_code: str | None =
         _train(model, recipe, source, prepared, chat=chat, mode=mode)
         # 6. Base against adapter on the same held-out rows.
         comparison = _compare(model, recipe, prepared, chat=chat)
-        # 7. The adapter folder: weights, tokenizer, template, recipe, ledger, test vectors, card, manifest.
+        # 7. The adapter folder: weights, tokenizer, template, recipe, ledger, test vectors, report, card, manifest.
         manifest = _write(folder, recipe, source, prepared, chat=chat, model=model, comparison=comparison)
     # 8. Proof: another process loads the folder on the base and replays the test vectors.
     _prove(folder, recipe, trust_remote_code=trust_remote_code)
@@ -86,6 +87,7 @@ def _prepare(
         conversations = read_conversations(recipe.data, hold_out=recipe.eval, seed=recipe.seed)
     with activity("tokenizing"):
         from lora_tune.data.chat_template import load_chat_template
+        from lora_tune.data.overlap import overlap
         from lora_tune.data.pipeline import encode
 
         tokenizer = load_tokenizer(source, new_tokens=recipe.lora.new_tokens, trust_remote_code=trust_remote_code)
@@ -101,6 +103,8 @@ def _prepare(
             mixing=recipe.mixing,
         )
         _check_metrics(recipe, prepared)
+        if prepared.held_out:
+            prepared.ledger.overlap = overlap(conversations.train, conversations.held_out)
     print_problems([*prepared.ledger.warnings(), *(Problem(notice, severity="note") for notice in chat.notices)])
     return chat, prepared
 
@@ -250,7 +254,23 @@ def _write(
             scores={name: ScoreRecord(**asdict(score)) for name, score in comparison.scores.items()},
             samples=comparison.samples,
         )
+        _draw_report(folder, run, prepared, model=model, comparison=comparison)
         return write_run(folder, run)
+
+
+def _draw_report(
+    folder: Path, run: FinishedRun, prepared: Prepared, *, model: PeftModel, comparison: Comparison
+) -> None:
+    """Write `report.html`, with the training rows that stay hard; nothing of the run changes."""
+    from lora_tune.evaluation.hard_rows import hard_rows, time_for
+    from lora_tune.evaluation.report_facts import facts_of_run
+    from lora_tune.evaluation.report_page import write_report
+    from lora_tune.training.metrics_file import read_metrics
+
+    seconds = time_for(run.training.seconds or 0.0)
+    hard = hard_rows(model, prepared.documents, chat=run.chat, seed=run.recipe.seed, seconds=seconds)
+    steps = read_metrics(folder / "metrics.jsonl")
+    write_report(folder, facts_of_run(folder, run, comparison, steps=steps, hard=hard))
 
 
 def _prove(folder: Path, recipe: Recipe, *, trust_remote_code: str | None) -> None:
@@ -305,7 +325,8 @@ def _show(output: str, manifest: Manifest, comparison: Comparison) -> None:
     speed = (training.tokens or 0) / max(training.seconds or 0.0, 1e-9)
     console.print(
         f"{training.steps} steps, {training.tokens:,} tokens in {training.seconds:,.0f} s ({speed:,.0f} tokens/s), "
-        f"peak {training.peak_gib:.1f} GiB\n{output}: written and verified in a fresh process"
+        f"peak {training.peak_gib:.1f} GiB\n{output}: written and verified in a fresh process\n"
+        f"{output}/report.html: all of it as a page"
     )
 
 

@@ -94,7 +94,7 @@ def test_the_folder_holds_what_is_documented_and_nothing_else(journey: tuple[Pat
     wanted = {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "recipe.yaml", "manifest.json", "README.md", "metrics.jsonl", "loss.png", "ledger.json",
-        "test_vectors.json",
+        "test_vectors.json", "report.html",
     }  # fmt: skip
     assert wanted <= names <= set(FILES) | {"checkpoints"}
     manifest = read_manifest(folder)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import PurePath
+from typing import Any, Literal
 
 from lora_tune.adapter.folder import Manifest
 from lora_tune.model.source import BaseSource
 from lora_tune.recipe import Recipe
+from lora_tune.recipe_values import SHARE
 
-METRIC_NAMES = {
-    "loss": "held-out loss (nats per token, lower is better)",
-    "exact_match": "exact match (share of answers, higher is better)",
-    "rouge_l": "ROUGE-L (higher is better)",
-}
 _LICENSE_UNKNOWN = "Unknown: the base names none here. Look up the licences of base and data before sharing."
+_FOLDER = "path/to/this/folder"
 _MOST_SAMPLE = 2000  # characters of one text
 
 
@@ -40,15 +38,15 @@ def model_card(
     source: BaseSource,
 ) -> str:
     """The whole card as Markdown with YAML in front. `config` is the content of adapter_config.json."""
-    license_name = base_license(source)
+    license_name, commands = base_license(source), repeat_commands(recipe.eval.hold_out)
     parts = [
         _metadata(manifest, license_name=license_name),
         f"# {name}\n\n{_summary(manifest, config)}",
-        _scores(manifest),
+        _scores(manifest, commands),
         _samples(samples),
         _loading(manifest, _new_rows(config, source)),
-        _data(manifest),
-        _training(manifest, recipe, config),
+        _data(manifest, commands),
+        _training(manifest, recipe, config, commands),
         _verification(manifest),
         f"## Licence\n\n{license_name + ', from the base.' if license_name else _LICENSE_UNKNOWN}",
     ]
@@ -95,20 +93,48 @@ def _summary(manifest: Manifest, config: Mapping[str, Any]) -> str:
     )
 
 
+def held_in(quantize: str, *, compute_dtype: str, double: Literal["on", "off"]) -> str:
+    """How the base was held in training, in words."""
+    if quantize == "none":
+        return compute_dtype
+    words = " with double quantization" if double == "on" and quantize in ("nf4", "fp4") else ""
+    return f"{quantize}{words}, computing in {compute_dtype}"
+
+
 def _held(manifest: Manifest) -> str:
     base = manifest.base
-    if base.quantize == "none":
-        return base.compute_dtype
-    double = " with double quantization" if base.double_quant and base.quantize in ("nf4", "fp4") else ""
-    return f"{base.quantize}{double}, computing in {base.compute_dtype}"
+    return held_in(base.quantize, compute_dtype=base.compute_dtype, double="on" if base.double_quant else "off")
 
 
-def _scores(manifest: Manifest) -> str:
+def repeat_commands(hold_out: int | str) -> dict[str, str]:
+    """The command that makes the numbers of a section again, by section of card and report.
+
+    `hold_out` is that of the recipe: rows of a file are evaluated from that file, a share of the training data is held
+    out again by the recipe with its seed.
+    """
+    recipe = "path/to/the/recipe.yaml"
+    from_file = isinstance(hold_out, str) and not SHARE.fullmatch(hold_out)
+    scores = f"{_FOLDER} --data {PurePath(str(hold_out)).name}" if from_file else recipe
+    again, data = f"lora-tune run {recipe}", f"lora-tune preview {recipe} --json"
+    return {
+        **dict.fromkeys(("scores", "tasks", "samples"), f"lora-tune eval {scores}"),
+        **dict.fromkeys(("training", "curves", "hard", "overlap"), again),
+        "cost": again,
+        "data": data,
+        "vectors": f"lora-tune adapters verify {_FOLDER}",
+    }
+
+
+def _again(text: str) -> str:
+    return f"Made again by `{text}`."
+
+
+def _scores(manifest: Manifest, commands: Mapping[str, str]) -> str:
     if not manifest.scores:
         return "## Scores\n\nNot measured: the recipe held no rows out."
     rows = [
         (
-            METRIC_NAMES.get(metric, metric),
+            f"{metric} ({score.direction} is better)" if score.direction else metric,
             f"{score.base:.4g}",
             f"{score.adapter:.4g}",
             f"{score.adapter - score.base:+.4g} [{score.low:+.4g}, {score.high:+.4g}]",
@@ -117,7 +143,8 @@ def _scores(manifest: Manifest) -> str:
         for metric, score in manifest.scores.items()
     ]
     table = _table(("metric", "base", "adapter", "difference [95 % interval]", "held-out rows"), rows)
-    return f"## Scores\n\nBase and adapter on the same held-out rows, paired bootstrap.\n\n{table}"
+    intro = "Base and adapter on the same held-out rows, paired bootstrap; `report.html` shows them row by row."
+    return f"## Scores\n\n{intro}\n\n{table}\n\n{_again(commands['scores'])}"
 
 
 def _samples(samples: Sequence[Sample]) -> str:
@@ -172,7 +199,7 @@ _ORIGINS = {
 }
 
 
-def _data(manifest: Manifest) -> str:
+def _data(manifest: Manifest, commands: Mapping[str, str]) -> str:
     rows = [
         (f"`{_cell(item.name)}`", item.format, item.rows, item.revision or "", f"`{item.sha256[:16]}…`")
         for item in manifest.data
@@ -184,10 +211,10 @@ def _data(manifest: Manifest) -> str:
         lines = [(str(key).replace("_", " "), f"{value:,}") for key, value in totals.items() if isinstance(value, int)]
         intro = "Every row and token that was read (`ledger.json` has the whole account):"
         counts = f"\n\n{intro}\n\n{_table(('', 'total'), lines)}"
-    return f"## Trained on\n\n{table}{counts}"
+    return f"## Trained on\n\n{table}{counts}\n\n{_again(commands['data'])}"
 
 
-def _training(manifest: Manifest, recipe: Recipe, config: Mapping[str, Any]) -> str:
+def _training(manifest: Manifest, recipe: Recipe, config: Mapping[str, Any], commands: Mapping[str, str]) -> str:
     training = manifest.training
     facts: list[tuple[str, object]] = [
         ("method", training.method),
@@ -214,7 +241,8 @@ def _training(manifest: Manifest, recipe: Recipe, config: Mapping[str, Any]) -> 
     ]
     rows = [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in facts if value is not None]
     table = _table(("setting", "value"), rows)
-    return f"## Training\n\n`recipe.yaml` holds every setting.\n\n{table}\n\n![loss](loss.png)"
+    intro = "`recipe.yaml` holds every setting; time and memory depend on the machine."
+    return f"## Training\n\n{intro}\n\n{table}\n\n{_again(commands['training'])}\n\n![loss](loss.png)"
 
 
 def _verification(manifest: Manifest) -> str:

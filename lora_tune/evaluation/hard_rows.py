@@ -14,8 +14,8 @@ import numpy as np
 
 from lora_tune.data.fit import Documents
 from lora_tune.data.ledger import place_of
-from lora_tune.evaluation.evaluate import readable
 from lora_tune.evaluation.losses import RowLoss, row_losses
+from lora_tune.evaluation.questions import readable
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -218,6 +218,49 @@ def unpack_archive(
     results().print(f"{target}: unpacked and checked; its proof: lora-tune adapters verify {target}")
 
 
+@app.command("push")
+def push_folder(
+    folder: Annotated[Path, typer.Argument(help="The adapter folder.")],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it; private without this.")] = False,
+    license_name: Annotated[
+        str | None,
+        typer.Option("--license", help="Licence of the adapter, such as apache-2.0, where its card has none."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Upload a finished folder to the hub, private by default, after its checks and a search for secrets."""
+    from lora_tune.adapter.share import push
+
+    with activity(f"pushing {folder} to {repository}"):
+        done = push(folder, repository, visibility="public" if public else "private", license_name=license_name)
+    if as_json:
+        print_json({"exit_code": 0, **asdict(done)})
+    else:
+        results().print(f"{done.url}: pushed as {'public' if public else 'private'}, licence {done.license}")
+
+
+@app.command("pull")
+def pull_repository(
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hugging Face hub.")],
+    folder: Annotated[Path | None, typer.Argument(help="The new folder; adapters/NAME by default.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    max_gib: Annotated[float, typer.Option("--max-size", help="Most GiB to download.", min=0.001)] = 8.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Download an adapter from the hub into a new folder, which appears checked and whole, or not at all."""
+    from lora_tune.adapter.share import pull
+
+    target = folder or Path("adapters") / repository.rpartition("/")[2]
+    with activity(f"pulling {repository}"):
+        problems = pull(repository, target, revision=revision, max_bytes=int(max_gib * 2**30))
+    if as_json:
+        print_json({"exit_code": 0, "folder": target.name}, problems)
+        return
+    print_problems(problems)
+    results().print(f"{target}: downloaded and checked; its proof: lora-tune adapters verify {target}")
+
+
 @app.command("diff")
 def diff_folders(
     first: Annotated[Path, typer.Argument(help="An adapter folder.")],

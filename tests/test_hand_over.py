@@ -377,7 +377,7 @@ def test_a_declared_size_that_lies_is_refused(folders: dict[str, Path], tmp_path
     ("name", "text", "kind"),
     [
         ("README.md", "token hf_" + "a1B2" * 9, "a Hugging Face token"),
-        ("recipe.yaml", "# /home/ann/data.jsonl", "a path of a local machine"),
+        ("recipe.yaml", r"# C:\Users\ann\data.jsonl", "a path of a local machine"),
         ("ledger.json", '{"x": "AKIA' + "ABCD" * 4 + '"}', "an AWS key"),
         ("metrics.jsonl", "s3cret-value-of-mine", "a secret of your environment"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lora_tune.errors import UsageError
@@ -24,20 +26,33 @@ def is_repository_id(name: str) -> bool:
     return _REPOSITORY.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
-def download(name: str, *, revision: str | None, patterns: tuple[str, ...]) -> tuple[Path, str]:
+def download(name: str, *, revision: str | None, patterns: tuple[str, ...], what: str = "base") -> tuple[Path, str]:
     """Fetch the matching files of a repository (HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold); return folder and commit.
 
-    Offline, or where the hub does not answer, the copy in the local cache is used.
+    Offline, or where the hub does not answer, the copy in the local cache is used. `what` is its name in messages.
 
     Raises:
         UsageError: gated, private, missing, unknown revision, offline without a copy, hub out of reach.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    where = f"{what} {name!r}" + (f" at revision {revision!r}" if revision else "")
+    with explained(where, name):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    return folder, commit_of(folder) or ""
+
+
+@contextmanager
+def explained(where: str, name: str) -> Iterator[None]:
+    """Turn every way in which the hub refuses the repository `name` into one line that begins with `where`.
+
+    Raises: UsageError.
+    """
+    from huggingface_hub import errors
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, as the hub has it
 
-    where = f"base {name!r}" + (f" at revision {revision!r}" if revision else "")
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        yield
     except errors.GatedRepoError as error:
         raise UsageError(
             f"{where}: the repository is gated and this account has no access",
@@ -57,10 +72,9 @@ def download(name: str, *, revision: str | None, patterns: tuple[str, ...]) -> t
         ) from error
     except errors.HFValidationError as error:
         raise UsageError(f"{where}: neither a hub repository (owner/name) nor a folder", "check the name") from error
-    except (errors.HfHubHTTPError, HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, HTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{where}: the download failed: {reason}", "check network, disk space and HF_TOKEN") from error
-    return folder, commit_of(folder) or ""
+        raise UsageError(f"{where}: the hub refused: {reason}", "check network, disk space and HF_TOKEN") from error
 
 
 def commit_of(folder: Path) -> str | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_tune.data.chat_template import TokenRow
 
 BATCH_TOKENS = 8_192  # padded tokens of one batch
+_POSITIONS = 256  # of a row whose log-probabilities are computed at once: 1 MB each for 128k tokens in float32
 _LOGIT_BYTES = 512 * 2**20  # most bytes of logits of one batch, unless a single row needs more
 
 
@@ -116,8 +117,11 @@ def _batch_losses(base: PreTrainedModel, rows: Sequence[TokenRow], pad_id: int) 
     losses = []
     for place in range(len(rows)):
         own_P = labelled_BT[place, wanted]
-        logits_PV = logits_BPV[place, own_P.to(device)].float()
-        targets_P = ids_BT[place, wanted[own_P]].to(device)
-        nll_P = torch.nn.functional.cross_entropy(logits_PV, targets_P, reduction="none")
-        losses.append(RowLoss(float(nll_P.double().sum()), int(own_P.sum())))
+        places_P = own_P.nonzero().squeeze(1)
+        nll = torch.zeros((), dtype=torch.float64, device=device)
+        for piece_P in places_P.split(_POSITIONS):
+            logits_PV = logits_BPV[place, piece_P.to(device)].float()
+            targets_P = ids_BT[place, wanted[piece_P]].to(device)
+            nll += torch.nn.functional.cross_entropy(logits_PV, targets_P, reduction="none").double().sum()
+        losses.append(RowLoss(float(nll), len(places_P)))
     return losses

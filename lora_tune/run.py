@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_tune.adapter.claim import Mode, claim_folder, remove_older_run
-from lora_tune.adapter.folder import Manifest, ScoreRecord
+from lora_tune.adapter.claim import Mode, claim_folder
+from lora_tune.adapter.folder import Manifest, ScoreRecord, read_manifest
+from lora_tune.disk import disk_text
 from lora_tune.errors import CheckFailed, Problem, RecipeError, UsageError
 from lora_tune.model.memory import device_budget, plan_memory
 from lora_tune.model.source import BaseSource, check_against_base, find_base, load_tokenizer
 from lora_tune.recipe import Recipe, Train
 from lora_tune.recipe_file import RecipeFile, read_recipe
 from lora_tune.terminal import activity, messages, print_json, print_problems, results, resumable, run_app
+from lora_tune.training.identity import check_allowed
+from lora_tune.training.room import free_room, take_room
+from lora_tune.training.start import Start, find_start
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,8 +38,13 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Train one adapter from one recipe.", add_completion=False)
 
 
-def run(file: RecipeFile, *, mode: Mode = "new", trust_remote_code: str | None = None) -> tuple[Manifest, Comparison]:
+def run(
+    file: RecipeFile, *, mode: Mode = "new", allowed: Sequence[str] = (), trust_remote_code: str | None = None
+) -> tuple[Manifest, Comparison | None]:
     """From a recipe to a proven adapter folder; returns its manifest, and base against adapter on held-out rows.
+
+    `allowed` names the keys that a resumed run may have changed. A run that was finished already is proven once more,
+    and its comparison is None.
 
     Raises:
         RecipeError, UsageError: the recipe, the base or the output folder does not do (exit 2).
@@ -51,15 +60,18 @@ def run(file: RecipeFile, *, mode: Mode = "new", trust_remote_code: str | None =
         _report(file, [*file.warnings, *check_against_base(source, lora=recipe.lora, train=recipe.train)])
         # 2. Every row is read, checked and split; then tokens, loss mask and packing, with an account of all of it.
         chat, prepared = _prepare(recipe, source, trust_remote_code=trust_remote_code)
-        # 3. What is at `auto` is decided once: micro-batch and checkpointed layers that fit into memory.
-        recipe = _resolve(recipe, source, folder=folder, mode=mode)
-        if mode == "overwrite":
-            remove_older_run(folder)
+        # 3. Where it starts; what is at `auto` is decided once, to fit into memory; room on the disk is set aside.
+        start = _find_start(recipe, source, prepared, chat=chat, mode=mode, allowed=allowed)
+        if start.finished:
+            _prove(folder, recipe, trust_remote_code=trust_remote_code)
+            return read_manifest(folder), None
+        recipe = _resolve(recipe, source, start=start)
+        take_room(folder, recipe, source, start=start)
         # 4. The frozen base, with a trainable adapter on it.
         model = _load(recipe, source, prepared, trust_remote_code=trust_remote_code)
         chat.align(model)
         # 5. Training, with checkpoints, a live display and metrics.jsonl.
-        _train(model, recipe, source, prepared, chat=chat, mode=mode)
+        _train(model, recipe, prepared, chat=chat, start=start)
         # 6. Base against adapter on the same held-out rows.
         comparison = _compare(model, recipe, prepared, chat=chat)
         # 7. The adapter folder: weights, tokenizer, template, recipe, ledger, test vectors, report, card, manifest.
@@ -118,13 +130,24 @@ def _check_metrics(recipe: Recipe, prepared: Prepared) -> None:
         check_fit(held_out, metrics=recipe.metrics, evaluation=recipe.eval, seed=recipe.seed)
 
 
-def _resolve(recipe: Recipe, source: BaseSource, *, folder: Path, mode: Mode) -> Recipe:
-    """The recipe with its `auto` values decided: from memory for a new run, from the checkpoint for a resumed one."""
-    from lora_tune.training.checkpoint import newest
+def _find_start(
+    recipe: Recipe, source: BaseSource, prepared: Prepared, *, chat: ChatTemplate, mode: Mode, allowed: Sequence[str]
+) -> Start:
+    """Where the run starts, and whether what is there is the same run. Raises UsageError where it is another."""
+    from lora_tune.training.identity import run_identity
 
-    found = newest(folder, report=messages().print) if mode == "resume" else None
-    if found is not None:
-        changes = {name: value for name, value in found.run["resolved"].items() if name in Train.model_fields}
+    identity = run_identity(recipe, source, prepared, chat)
+    return find_start(Path(recipe.output), identity, mode=mode, allowed=allowed, report=messages().print)
+
+
+def _resolve(recipe: Recipe, source: BaseSource, *, start: Start) -> Recipe:
+    """The recipe with its `auto` values decided: from memory for a new run, from the checkpoint for a resumed one."""
+    if start.found is not None:
+        resolved = start.found.run["resolved"].items()
+        changes = {name: value for name, value in resolved if name in Train.model_fields}
+        for name in ("micro_batch_size", "gradient_checkpointing"):
+            if f"train.{name}" in start.allowed and getattr(recipe.train, name) != "auto":
+                changes[name] = getattr(recipe.train, name)
     else:
         device, budget_gib = device_budget()
         plan = plan_memory(
@@ -159,19 +182,17 @@ def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remot
     return model
 
 
-def _train(
-    model: PeftModel, recipe: Recipe, source: BaseSource, prepared: Prepared, *, chat: ChatTemplate, mode: Mode
-) -> None:
+def _train(model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: ChatTemplate, start: Start) -> None:
     """Train, or go on from the newest checkpoint; writes `metrics.jsonl` and `loss.png`."""
     from lora_tune.model.methods import parameter_groups
     from lora_tune.training.progress import TrainingDisplay, draw_loss, tracker_callbacks
-    from lora_tune.training.identity import run_identity
     from lora_tune.training.resume import RunFacts
     from lora_tune.training.trainer import build
 
     folder, train, lora = Path(recipe.output), recipe.train, recipe.lora
     facts = RunFacts(
-        identity=run_identity(recipe, source, prepared, chat),
+        identity=start.identity,
+        allowed=start.allowed,
         resolved=train.model_dump(include={"micro_batch_size", "gradient_checkpointing", "optimizer"}),
         groups=partial(parameter_groups, model, lora=lora, train=train) if lora.plus_ratio else None,
         sources=[entry.name for entry in prepared.identities],
@@ -183,8 +204,11 @@ def _train(
     trainer = build(
         model, prepared.train, train=train, evaluation=evaluation, seed=recipe.seed, folder=folder, chat=chat
     ).for_run(facts)
-    trainer.train(resume_from_checkpoint=mode == "resume" or None)
-    draw_loss(folder / "metrics.jsonl", folder / "loss.png")
+    trainer.train(resume_from_checkpoint=str(start.found.folder) if start.found else None)
+    try:
+        draw_loss(folder / "metrics.jsonl", folder / "loss.png")
+    except OSError as error:
+        messages().print(f"loss.png was not drawn: {disk_text(error, folder)}")
 
 
 def _evaluation(recipe: Recipe, prepared: Prepared, chat: ChatTemplate) -> Evaluation:
@@ -232,6 +256,7 @@ def _write(
     comparison: Comparison,
 ) -> Manifest:
     """Everything that the adapter folder tells about this run."""
+    free_room(folder)
     with activity(f"writing {folder}"):
         from lora_tune.adapter.vectors import make_test_vectors, precision
         from lora_tune.adapter.write import FinishedRun, write_run
@@ -296,15 +321,24 @@ def command(
     trust_remote_code: Annotated[
         str | None, typer.Option(metavar="REPO", help="Run the code that comes with this base; name its repository.")
     ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="With --resume: this key may have changed, such as train.max_steps."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train one adapter from one recipe: the output folder is the adapter, with scores and proof."""
     if resume and overwrite:
         raise UsageError("--resume continues a run and --overwrite replaces it", "give one of them")
+    if allow_change and not resume:
+        raise UsageError("--allow-change goes with --resume", "add --resume")
+    check_allowed(allow_change or ())
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
     file = read_recipe(recipe, overrides=overrides or ())
     with resumable(Path(file.recipe.output)):
-        manifest, comparison = run(file, mode=mode, trust_remote_code=trust_remote_code)
+        manifest, comparison = run(
+            file, mode=mode, allowed=allow_change or (), trust_remote_code=trust_remote_code
+        )
     if as_json:
         facts = manifest.model_dump(mode="json", include={"base", "training", "scores"})
         print_json({"exit_code": 0, "output": file.recipe.output, **facts})
@@ -312,11 +346,14 @@ def command(
         _show(file.recipe.output, manifest, comparison)
 
 
-def _show(output: str, manifest: Manifest, comparison: Comparison) -> None:
+def _show(output: str, manifest: Manifest, comparison: Comparison | None) -> None:
     """The result as a person reads it: answers before and after, scores, where the adapter is."""
     from lora_tune.evaluation.report import samples_table, scores_table
 
     console = results()
+    if comparison is None:
+        console.print(f"{output}: this run was finished before; verified once more, nothing was trained")
+        return
     if comparison.samples:
         console.print(samples_table(comparison.samples), soft_wrap=False)
     if comparison.scores:

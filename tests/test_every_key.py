@@ -32,6 +32,7 @@ from lora_tune.recipe import DataSource, Recipe
 from lora_tune.recipe_file import read_recipe
 from lora_tune.run import _compare, _load, _prepare, _resolve, _train
 from lora_tune.training.progress import read_metrics
+from lora_tune.training.start import Start
 
 RECIPE = """\
 base: {name: base, quantize: none, compute_dtype: float32}
@@ -141,10 +142,10 @@ def trained(recipe: Recipe) -> dict[str, Any]:
     source, folder = find_base(recipe.base), Path(recipe.output)
     chat, rows_ = _prepare(recipe, source)
     folder.mkdir(parents=True)
-    recipe = _resolve(recipe, source, folder=folder, mode="new")
+    recipe = _resolve(recipe, source, start=Start())
     model = _load(recipe, source, rows_, trust_remote_code=None)
     chat.align(model)
-    _train(model, recipe, source, rows_, chat=chat, mode="new")
+    _train(model, recipe, rows_, chat=chat, start=Start())
     lines = read_metrics(folder / "metrics.jsonl")
     layers = [layer.gradient_checkpointing for layer in model.base_model.model.model.layers]
     comparison = _compare(model, recipe, rows_, chat=chat)

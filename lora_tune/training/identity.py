@@ -104,6 +104,17 @@ def rows_hash(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The fields in which two identities differ, by name; what only follows from another change is left out."""
+    before, now = _flat(saved), _flat(current)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if FINGERPRINT in changed and None in (before.get(FINGERPRINT), now.get(FINGERPRINT)):
+        changed.remove(FINGERPRINT)  # the weights were not on this machine yet
+    if len(changed) > 1 and "rows" in changed:
+        changed.remove("rows")  # they follow from something else that changed
+    return changed
+
+
 def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any], *, allowed: Collection[str] = ()) -> None:
     """Refuse to resume a run whose recipe, data, base or versions have changed, but for what `allowed` names.
 
@@ -111,12 +122,8 @@ def check_identity(saved: Mapping[str, Any], current: Mapping[str, Any], *, allo
         UsageError: one problem for every field that differs, with the old and the new value and what can be done.
     """
     before, now = _flat(saved), _flat(current)
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if FINGERPRINT in changed and None in (before.get(FINGERPRINT), now.get(FINGERPRINT)):
-        changed.remove(FINGERPRINT)  # the weights were not on this machine yet
-    if len(changed) > 1 and "rows" in changed:
-        changed.remove("rows")  # they follow from something else that changed
-    problems = [_problem(key, before.get(key), now.get(key)) for key in changed if not is_allowed(key, allowed)]
+    changed = [key for key in differences(saved, current) if not is_allowed(key, allowed)]
+    problems = [_problem(key, before.get(key), now.get(key)) for key in changed]
     if problems:
         raise UsageError(problems)
 

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("lora_tune.merge", "Fold an adapter into its base and prove it."),
     "export": ("lora_tune.export", "Write an adapter in the layout of another engine."),
     "rehearse": ("lora_tune.rehearse", "Rehearse the whole journey of a recipe on a small model."),
+    "doctor": ("lora_tune.doctor", "Look whether this machine is ready."),
     "recipe": ("lora_tune.recipes", "Check a recipe; print the JSON Schema of recipes."),
 }
 HELP = f"""lora-tune {__version__}: from one recipe to a proven LoRA adapter folder.

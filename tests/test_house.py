@@ -66,6 +66,8 @@ COLD = [
     "lora_tune.cli",
     "lora_tune.model.source",
     "lora_tune.model.memory",
+    "lora_tune.model.machine",
+    "lora_tune.model.conditions",
     "lora_tune.adapter.folder",
     "lora_tune.adapter.claim",
 ]  # fmt: skip

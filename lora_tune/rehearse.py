@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,7 +83,7 @@ class Rehearsal:
         from lora_tune.data.checking import read_conversations
 
         recipe = self.recipe
-        self.conversations = found = read_conversations(recipe.data, hold_out=recipe.eval.hold_out, seed=recipe.seed)
+        self.conversations = found = read_conversations(recipe.data, hold_out=recipe.eval, seed=recipe.seed)
         return f"{found.ledger.total('read'):,} rows read, {found.ledger.total('held_out'):,} held out"
 
     def tokens(self) -> str:
@@ -97,7 +98,13 @@ class Rehearsal:
         text = Path(recipe.base.chat_template).read_text(encoding="utf-8") if recipe.base.chat_template else None
         chat = load_chat_template(tokenizer, template=text, data="tools" if rows.has_tools else "plain")
         self.prepared = encode(
-            rows, chat, loss_on=recipe.loss_on, train=recipe.train, limits=recipe.limits, seed=recipe.seed
+            rows,
+            chat,
+            loss_on=recipe.loss_on,
+            train=recipe.train,
+            limits=recipe.limits,
+            seed=recipe.seed,
+            mixing=recipe.mixing,
         )
         ledger = self.prepared.ledger
         trained, longest = ledger.total("tokens_trained"), max(source.longest for source in ledger.sources)
@@ -140,8 +147,7 @@ class Rehearsal:
             place.source < count and recipe.data[place.source].task not in tasks for place in held_out
         )
         if apart:
-            first = recipe.data[0]
-            like = DataSource(source=str(recipe.eval.hold_out), format=first.format, columns=first.columns)
+            like = recipe.data[0].model_copy(update={"source": str(recipe.eval.hold_out)})
             hold_out = str(write_rows(like, apart, self.folder / "held_out.jsonl"))
         small = _small_recipe(recipe, base=self.base, data=data, hold_out=hold_out, longest=longest)
         return len(trained) + len(held_out), small
@@ -192,16 +198,15 @@ class Rehearsal:
 
         calm, killed = self.folder / "calm", self.folder / "killed"
         losses = [[row["loss"] for row in read_metrics(run / METRICS) if "loss" in row] for run in (calm, killed)]
-        log = str(self.processes.log("resume"))
+        weights = [(run / WEIGHTS).read_bytes() for run in (calm, killed)]
         if losses[0] != losses[1]:
-            step = next(
-                (n for n, (a, b) in enumerate(zip(*losses, strict=False), 1) if a != b), min(map(len, losses)) + 1
-            )
-            raise CheckFailed(Problem(f"the resumed run has another loss at step {step}", file=log))
-        first, second = ((run / WEIGHTS).read_bytes() for run in (calm, killed))
-        if first != second:
-            raise CheckFailed(Problem("the resumed run has the same losses and another adapter", file=log))
-        return f"{len(losses[0])} losses and {len(first):,} bytes of the adapter are the same, bit for bit"
+            pairs = zip_longest(*losses)
+            step = next(number for number, (a, b) in enumerate(pairs, 1) if a != b)
+            raise CheckFailed(Problem(f"another loss at step {step}", file=str(self.processes.log("resume"))))
+        if weights[0] != weights[1]:
+            reason = "the same losses, and another adapter"
+            raise CheckFailed(Problem(reason, file=str(self.processes.log("resume"))))
+        return f"{len(losses[0])} losses and {len(weights[0]):,} bytes of the adapter, bit for bit"
 
     def merge(self) -> str:
         """The adapter folded into the small base."""

@@ -79,22 +79,49 @@ def _characters(conversation: Conversation) -> int:
 def write_rows(data: DataSource, places: Iterable[Place], path: Path) -> Path:
     """Read the source again and write the rows at these places, as they stand there; returns the path.
 
+    Tasks of Super-NaturalInstructions are written as task files again, into a folder of the path's name.
+
     Raises:
         UsageError: the source cannot be read any more.
         DataError: it has changed meanwhile.
     """
     wanted = {(place.file, place.line) for place in places}
-    lines: dict[tuple[str, int], str] = {}
-    for file, record in open_source(data).records(numbered_columns=_numbered(data)):
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    shots = data.shots if data.format == "sni" else None
+    for file, record in open_source(data).records(numbered_columns=_numbered(data), sni_shots=shots):
         if (file, record.line) in wanted and record.row is not None:
-            lines[file, record.line] = json.dumps(_plain(record.row), ensure_ascii=False, default=str)
-            if len(lines) == len(wanted):
+            rows[file, record.line] = _plain(record.row)
+            if len(rows) == len(wanted):
                 break
-    if len(lines) < len(wanted):
-        missing = sorted(wanted - set(lines))[0]
-        raise DataError(f"{missing[0]}:{missing[1]}: this row is not there any more", "start again with unchanged data")
-    path.write_text("".join(f"{line}\n" for line in lines.values()), encoding="utf-8")
+    if len(rows) < len(wanted):
+        file, line = sorted(wanted - set(rows))[0]
+        raise DataError(f"{file}:{line}: this row is not there any more", "start again with unchanged data")
+    if shots is not None:
+        return _write_tasks(rows.values(), path.with_suffix(""))
+    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows.values())
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
+
+
+def _write_tasks(rows: Iterable[dict[str, Any]], folder: Path) -> Path:
+    """A task file for each task, with the examples and instances of these rows."""
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        tasks.setdefault(row["task"], []).append(row)
+    folder.mkdir(exist_ok=True)
+    for name, mine in tasks.items():
+        examples = [example for row in mine for example in row["examples"]]
+        task = {
+            "Categories": [mine[0]["category"]],
+            "Definition": [mine[0]["definition"]],
+            "Positive Examples": [example for n, example in enumerate(examples) if example not in examples[:n]],
+            "Instances": [{key: value for key, value in row.items() if key not in _ABOUT} for row in mine],
+        }
+        (folder / f"{name}.json").write_text(json.dumps(task, ensure_ascii=False, indent=1), encoding="utf-8")
+    return folder
+
+
+_ABOUT = ("task", "category", "definition", "examples")
 
 
 def _numbered(data: DataSource) -> int:

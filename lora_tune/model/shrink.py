@@ -208,7 +208,8 @@ def _spread(config: PreTrainedConfig) -> None:
 def _stored_dtype(config: Mapping[str, Any]) -> Any:
     import torch
 
-    text = next((config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), Mapping)), {})
+    parts = (config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), Mapping))
+    text: Mapping[str, Any] = next(parts, {})
     stored = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(str(stored), torch.float32)
 

@@ -88,7 +88,8 @@ def look(
     with activity("checking the data"):
         from lora_tune.data.checking import read_conversations
 
-        conversations = read_conversations(recipe.data, hold_out=recipe.eval, seed=recipe.seed)
+        with file.locating():
+            conversations = read_conversations(recipe.data, hold_out=recipe.eval, seed=recipe.seed)
     with activity("tokenizing"):
         try:
             chat, prepared = _encoded(file, source, conversations)
@@ -171,8 +172,9 @@ def _shown(row: TokenRow, chat: ChatTemplate) -> ShownRow:
     from lora_tune.data.page import ShownRow
 
     about = f"{len(row.input_ids):,} tokens, {int(row.mask.sum()):,} trained"
-    notes = ", ".join(note.replace("_", " ") for note in sorted(row.notes))
-    return ShownRow(place_of(row.file, row.line), f"{about}, {notes}" if notes else about, runs_of(row, chat))
+    notes = [note.replace("_", " ") for note in sorted(row.notes)]
+    about = ", ".join([*(name for name in (row.task, row.template) if name), about, *notes])
+    return ShownRow(place_of(row.file, row.line), about, runs_of(row, chat))
 
 
 def _histogram(documents: Documents) -> list[dict[str, Any]]:
@@ -293,6 +295,8 @@ def _facts(found: Preview, rows: Sequence[TokenRow]) -> dict[str, Any]:
             {
                 "file": row.file,
                 "line": row.line,
+                "task": row.task,
+                "template": row.template,
                 "input_ids": row.input_ids.tolist(),
                 "mask": row.mask.astype(int).tolist(),
                 "notes": sorted(row.notes),

@@ -10,13 +10,14 @@ import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from lora_tune.errors import Problem, RecipeError, UsageError
+from lora_tune.errors import LoraTuneError, Problem, RecipeError, UsageError
 from lora_tune.recipe import Recipe
 from lora_tune.recipe_paths import resolve
 from lora_tune.recipe_problems import problems_of, shown
@@ -43,6 +44,17 @@ class RecipeFile:
     def locate(self, problem: Problem) -> Problem:
         """The problem with file, line and column of its `key`: of the value, else of the section it would stand in."""
         return _located(problem, self.tree, str(self.path))
+
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """Errors raised inside that name a key of the recipe say where it stands. Raises: the same errors."""
+        try:
+            yield
+        except LoraTuneError as error:
+            placed = [problem if problem.key is None else self.locate(problem) for problem in error.problems]
+            if placed == list(error.problems):
+                raise
+            raise type(error)(placed) from None
 
 
 def read_recipe(path: Path, *, overrides: Sequence[str] = ()) -> RecipeFile:

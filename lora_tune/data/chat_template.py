@@ -38,7 +38,8 @@ _BATCH = 256  # conversations whose segments are encoded together
 class TokenRow:
     """One training row: `input_ids` (T,) int32 and `mask` (T,) bool, True where the token is trained.
 
-    `source`, `file` and `line` are those of the conversation. `notes` is a subset of `NOTES`: `straddles` (a token
+    `source`, `file`, `line`, `task` and `template` are those of the conversation (the last two where a row is looked at
+    by itself). `notes` is a subset of `NOTES`: `straddles` (a token
     would span prompt and answer, so they are encoded apart, as serving does), `control_tokens` (somebody's words hold
     a control token, which is encoded as plain text), `per_turn` (one row per assistant turn), `no_trained_token`.
     """
@@ -49,6 +50,8 @@ class TokenRow:
     file: str
     line: int
     notes: frozenset[str]
+    task: str = ""
+    template: str = ""
 
 
 @dataclass(frozen=True, slots=True)

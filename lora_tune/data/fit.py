@@ -83,7 +83,11 @@ class Documents(Sequence[TokenRow]):
         number = int(self._rows.conversation[row])
         file, line = self._conversations.place(number)
         notes = frozenset(name for bit, name in enumerate(NOTES) if self._rows.notes[row] >> bit & 1)
-        return TokenRow(ids, mask.astype(bool), int(self._sources[number]), file, line, notes)
+        task = template = ""
+        if self._conversations.store.names_tasks:
+            conversation = self._conversations[number]
+            task, template = conversation.task, conversation.template
+        return TokenRow(ids, mask.astype(bool), int(self._sources[number]), file, line, notes, task, template)
 
     def conversation(self, index: int) -> Conversation:
         """The conversation that a document, or a piece of it, was made of."""

@@ -67,6 +67,15 @@ class Prepared:
     ledger: Ledger
     identities: tuple[SourceIdentity, ...]
 
+    def watched(self, tasks: Sequence[str]) -> tuple[tuple[Conversation, ...], tuple[TokenRow, ...]]:
+        """What is evaluated during training: without the held-out `tasks`, which must not choose the weights; with
+        them where nothing else is held out."""
+        kept = tuple(row for row in self.held_out if row.task not in tasks)
+        if not kept:
+            return self.held_out, self.held_out_rows
+        sources = {row.source for row in kept}  # a task is held out by whole sources
+        return kept, tuple(row for row in self.held_out_rows if row.source in sources)
+
 
 def encode(
     conversations: Conversations,

@@ -56,7 +56,10 @@ def _prompt_of(conversation: Conversation, content: bytes) -> bytes:
 
 
 class ConversationStore:
-    """Appended to while data is read, then read by index. `digests` (N, 16) uint8 are BLAKE2b hashes of the content."""
+    """Appended to while data is read, then read by index. `digests` (N, 16) uint8 are BLAKE2b hashes of the content.
+
+    `names_tasks`: whether a conversation has a task or a template.
+    """
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # noqa: SIM115
@@ -65,11 +68,13 @@ class ConversationStore:
         self._sources, self._files, self._lines = array("i"), array("i"), array("q")
         self._names: dict[str, int] = {}
         self._shown: list[str] = []
+        self.names_tasks = False
 
     def append(self, conversation: Conversation, *, source: int, file: str, line: int) -> int:
         """Keep a conversation that stands at `file:line` of the `source`-th data source; returns its index."""
         content = content_of(conversation)
         about = _about(conversation)
+        self.names_tasks = self.names_tasks or bool(conversation.task or conversation.template)
         self._file.seek(self._ends[-1])
         self._file.write(content + about)
         self._ends.append(self._ends[-1] + len(content) + len(about))

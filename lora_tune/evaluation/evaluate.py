@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lora_tune.data.conversation import Conversation
@@ -85,13 +86,18 @@ def compare(
              for name in metrics}  # fmt: skip
     places = {name: _scored(name, work) for name in metrics}
     tasks = dict.fromkeys(conversation.task for conversation in held_out[0] if conversation.task)
-    by_task = {task: _task_scores(task, found, places, held_out[0], seed=seed) for task in tasks}
+    scored = partial(_part_scores, found=found, places=places, conversations=held_out[0], seed=seed)
+    by_task = {task: scored(task) for task in tasks}
+    by_template = {task: {name: scored(task, name) for name in _templates(task, held_out[0])} for task in by_task}
     return Comparison(
         scores={name: _score(name, base, adapter, seed=seed) for name, (base, adapter) in found.items()},
         samples=tuple(_sample(work.questions[place], sides, place) for place in work.shown),
         max_new_tokens=work.max_new_tokens if work.asked else None,
         stopped={name: _stopped(side) for name, side in sides.items() if work.asked},
         tasks={task: scores for task, scores in by_task.items() if scores},
+        templates={
+            task: {name: scores for name, scores in found_.items() if scores} for task, found_ in by_template.items()
+        },
         rows=_rows(work, sides, found, places),
     )
 
@@ -214,18 +220,25 @@ def _score(name: str, base: RowScores, adapter: RowScores, *, seed: int) -> Scor
     )
 
 
-def _task_scores(
+def _templates(task: str, conversations: Sequence[Conversation]) -> list[str]:
+    """The names of the templates by which the rows of a task are asked."""
+    return list(dict.fromkeys(row.template for row in conversations if row.task == task and row.template))
+
+
+def _part_scores(
     task: str,
+    template: str | None = None,
+    *,
     found: dict[str, tuple[RowScores, RowScores]],
     places: dict[str, list[int]],
     conversations: Sequence[Conversation],
-    *,
     seed: int,
 ) -> dict[str, Score]:
-    """The scores over the rows of one task, of the metrics that fit some of them."""
+    """The scores over the rows of one task, or of one of its templates, of the metrics that fit some of them."""
     scores = {}
     for name, (base, adapter) in found.items():
-        own = [row for row, number in enumerate(places[name]) if conversations[number].task == task]
+        asked = [conversations[number] for number in places[name]]
+        own = [n for n, row in enumerate(asked) if row.task == task and template in (None, row.template)]
         if own:
             scores[name] = _score(name, base.take(own), adapter.take(own), seed=seed)
     return scores

@@ -18,16 +18,22 @@ HeldOut = tuple[Sequence[Conversation], "Sequence[TokenRow]"]
 """Held-out conversations, and their token rows in the same order."""
 
 
-def check_fit(held_out: HeldOut, *, metrics: Sequence[str], evaluation: Eval, seed: int) -> None:
-    """A metric over no rows is an error, never a zero. Raises: DataError naming every metric that fits no row."""
+def fitting(held_out: HeldOut, metrics: Sequence[str], *, evaluation: Eval, seed: int) -> tuple[str, ...]:
+    """Those of the metrics that fit at least one of the rows, each once."""
     questions = questions_of(held_out[0], evaluation, seed=seed)
     rows = loss_rows(held_out, evaluation=evaluation, seed=seed)
-    count = len(choose(held_out[0], evaluation.max_rows, seed=seed))
+    names = dict.fromkeys(metrics)
+    return tuple(n for n in names if (rows if METRICS[n].reads == "tokens" else any(map(METRICS[n].fits, questions))))
+
+
+def check_fit(held_out: HeldOut, *, metrics: Sequence[str], evaluation: Eval, seed: int) -> None:
+    """A metric over no rows is an error, never a zero. Raises: DataError naming every metric that fits no row."""
+    count = len(choose(held_out[0], evaluation.max_rows, seed=seed, tasks=evaluation.hold_out_tasks))
+    fit = fitting(held_out, metrics, evaluation=evaluation, seed=seed)
     problems = []
     for name in metrics:
-        metric = METRICS[name]
-        if not (rows if metric.reads == "tokens" else any(map(metric.fits, questions))):
-            reason = f"{name} does not fit the data: of {count} held-out rows none has {metric.needs}"
+        if name not in fit:
+            reason = f"{name} does not fit the data: of {count} held-out rows none has {METRICS[name].needs}"
             fix = "take the metric away, or hold out rows that have one (eval.hold_out)"
             problems.append(Problem(reason, fix, key="eval.metrics"))
     if problems:
@@ -39,7 +45,7 @@ def loss_rows(held_out: HeldOut, *, evaluation: Eval, seed: int) -> list[tuple[i
 
     Of the chosen conversations, those with a token to predict.
     """
-    chosen = set(choose(held_out[0], evaluation.max_rows, seed=seed))
+    chosen = set(choose(held_out[0], evaluation.max_rows, seed=seed, tasks=evaluation.hold_out_tasks))
     owned = zip(owners(held_out), held_out[1], strict=True)
     return [(owner, row) for owner, row in owned if owner in chosen and row.mask[1:].any()]
 

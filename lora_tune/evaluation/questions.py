@@ -42,15 +42,21 @@ class Question:
         return self.reference if self.reference.strip() or not self.calls else calls_text(self.calls)
 
 
-def choose(conversations: Sequence[Conversation], most: int | None, *, seed: int) -> list[int]:
+def choose(
+    conversations: Sequence[Conversation], most: int | None, *, seed: int, tasks: Sequence[str] = ()
+) -> list[int]:
     """Places of at most `most` conversations, chosen by a seeded hash of their content and kept in their order.
 
-    The same rows are chosen whatever the order of the data set is.
+    The same rows are chosen whatever the order of the data set is. Those of the held-out `tasks` stay, all of them:
+    their rows were chosen before the templates multiplied them.
     """
     if most is None or most >= len(conversations):
         return list(range(len(conversations)))
-    ranked = sorted(range(len(conversations)), key=lambda place: (rank_of(conversations[place], seed), place))
-    return sorted(ranked[:most])
+    apart = [place for place, conversation in enumerate(conversations) if conversation.task in tasks]
+    others = [place for place, conversation in enumerate(conversations) if conversation.task not in tasks]
+    if most < len(others):
+        others = sorted(others, key=lambda place: (rank_of(conversations[place], seed), place))[:most]
+    return sorted([*others, *apart])
 
 
 def as_question(conversation: Conversation, *, seed: int, number: int = 0) -> Question | None:
@@ -75,7 +81,7 @@ def as_question(conversation: Conversation, *, seed: int, number: int = 0) -> Qu
 
 def questions_of(conversations: Sequence[Conversation], evaluation: Eval, *, seed: int) -> list[Question]:
     """The questions of the conversations that are evaluated, in their order."""
-    chosen = choose(conversations, evaluation.max_rows, seed=seed)
+    chosen = choose(conversations, evaluation.max_rows, seed=seed, tasks=evaluation.hold_out_tasks)
     found = (as_question(conversations[place], seed=seed, number=place) for place in chosen)
     return [question for question in found if question]
 

@@ -69,7 +69,8 @@ class RowScore:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Scores by metric, samples, scores by task ({task: {metric: score}}), and every row.
+    """Scores by metric, samples, scores by task ({task: {metric: score}}) and by template within a task
+    ({task: {template: {metric: score}}}), and every row.
 
     `max_new_tokens` is where answers were cut, `stopped` the share of answers that ended by themselves, by side
     ("base", "adapter"); None and empty where no answer was asked for.
@@ -81,3 +82,4 @@ class Comparison:
     stopped: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, dict[str, Score]] = field(default_factory=dict)
     rows: tuple[RowScore, ...] = ()
+    templates: dict[str, dict[str, dict[str, Score]]] = field(default_factory=dict)

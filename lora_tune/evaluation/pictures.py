@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 POINTS = 400  # of a line; more steps are drawn as the lowest and highest value of neighbours
 LABEL_LETTERS = 60  # of a row's label
 _WIDTH_IN = 5.0
-_LABEL_UNITS = 325
-_NO_GLYPH = "Glyph .* missing from font"
+_LABEL_UNITS = 335  # width of a label, in letters of 10 units
 _COLOURS = {
     name: f"#0{number:x}f0f{number:x}"
     for number, name in enumerate(("ink", "soft", "line", "paper", "base", "adapter", "better", "worse", "held"), 1)
@@ -208,15 +207,14 @@ def _interval(axes: Axes, strip: Strip, y: float) -> None:
 
 
 def _fitting(label: str) -> str:
-    """The label, shortened to the width of a picture; letters that the font lacks are no wider than its box."""
-    from matplotlib.textpath import TextPath
-
-    text = label[:LABEL_LETTERS]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_NO_GLYPH)
-        while text and TextPath((0, 0), f"{text}…", size=10, usetex=False).get_extents().width > _LABEL_UNITS:
-            text = text[:-1]
-    return label if text == label else f"{text}…"
+    """The label, shortened to the width of a picture by the widths of letters in DejaVu Sans, rounded up."""
+    width = 0.0
+    for place, letter in enumerate(label):
+        wide = not letter.isascii() or letter in "mwMW@%"
+        width += 10.5 if wide else 8.0 if letter.isupper() else 6.5
+        if width > _LABEL_UNITS:
+            return f"{label[: place - 1]}…"
+    return label
 
 
 def _steps_axis(axes: Axes, steps: Sequence[float]) -> None:
@@ -255,7 +253,7 @@ def _svg(figure: Any, *, name: str, label: str) -> str:
     stream = io.StringIO()
     settings = {"svg.fonttype": "path", "svg.hashsalt": "lora_tune", "font.family": "DejaVu Sans"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_NO_GLYPH)  # a box stands in its place
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands in its place
         figure.savefig(stream, format="svg", facecolor="none", metadata={"Date": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :].strip()

@@ -14,6 +14,7 @@ from lora_tune.data.ledger import place_of
 from lora_tune.evaluation.scores import Comparison, RowScore
 
 SHOWN = 20
+_OF_TOKENS = ("loss", "perplexity")
 _WORST, _BEST = 7, 7  # the rest is drawn
 _CHARACTERS = 1_500  # of a text that is shown
 _WORDS = 400  # beyond which differences are not marked: the comparison takes the square of it
@@ -102,10 +103,10 @@ def marked(answer: str, reference: str) -> tuple[Run, ...]:
 
 
 def _ranking(comparison: Comparison, rows: Sequence[RowScore]) -> str | None:
-    """The metric by which rows are ranked: of those that read answers, the one with most different scores."""
+    """The metric by which rows are ranked: of those that read answers the one with most different scores, else loss."""
     known = {name: {row.metrics[name] for row in rows if name in row.metrics} for name in comparison.scores}
-    of_answers = [name for name in known if name not in ("loss", "perplexity") and known[name]]
-    return max(of_answers, key=lambda name: len(known[name]), default=None)
+    names = [name for name in known if known[name]]
+    return max(names, key=lambda name: (len(known[name]) > 1, name not in _OF_TOKENS, len(known[name])), default=None)
 
 
 def _of_row(group: tuple[int, str], row: RowScore) -> Shown:

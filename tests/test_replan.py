@@ -21,8 +21,12 @@ from lora_tune.training.progress import TrainingDisplay, read_metrics
 from lora_tune.training.replan import Replan, is_out_of_memory, next_smaller, shortage_of
 from lora_tune.training.resume import RunFacts
 
-CUDA = "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.07 GiB is free."
-CPU = "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
+CUDA = (
+    "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.07 GiB is free."
+)
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
+)
 SHORT = (torch.OutOfMemoryError(CUDA), MemoryError(), RuntimeError(CPU), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"))
 SETTINGS: dict[str, Any] = {"batch_size": 8, "micro_batch_size": 4, "max_steps": 6, "learning_rate": 5e-3, "warmup": 2}
 DROPOUT = Lora(rank=4, alpha=8.0, dropout=0.1)
@@ -127,8 +131,10 @@ def test_the_part_is_named_and_written_down(tiny_base: Path, tmp_path: Path, whe
     words = {"activations": "activations of the layers", "loss_head": "logits of the loss head"}[part]
     reason = f"out of memory at micro-batch 4: {words}, 1.50 GiB more"
     assert replan == Replan(step=2, micro_batch_size=2, accumulation=4, reason=reason)
-    assert said == [f"out of memory at micro-batch 4 ({words}, 1.50 GiB more): step 2 is repeated with micro-batch 2 \
-and accumulation 4, the same batch"]
+    assert said == [
+        f"out of memory at micro-batch 4 ({words}, 1.50 GiB more): step 2 is repeated with micro-batch 2 \
+and accumulation 4, the same batch"
+    ]
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["replan"]["micro_batch_size"] for row in rows if "replan" in row] == [2]
     assert [row["micro_batch_size"] for row in rows if "loss" in row] == [4, 2, 2]

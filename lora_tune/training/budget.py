@@ -125,7 +125,7 @@ class Budget:
         self.told: Callable[[StepPlan], None] = lambda plan: None
         self.spent = Spent()
         self.replay: Mapping[int, float] = {}  # positions of steps that a killed run had taken after its checkpoint
-        self._last = 0.0
+        self._last: float | None = None  # when the last thing ended; None before the loop
         self._first_s: float | None = None  # the first step of a process takes longer, and is not counted
 
     @property
@@ -150,7 +150,9 @@ class Budget:
         return self.curve.factor(step, spent.points)
 
     def happened(self, what: Literal["evaluation", "save", "nothing"]) -> None:
-        """An evaluation or a checkpoint is over, which began when the last thing ended."""
+        """An evaluation or a checkpoint of the loop is over, which began when the last thing ended."""
+        if self._last is None:  # an evaluation that a resumed run makes up for
+            return
         seconds = self._lap()
         if what == "save":
             self.spent.save_s = seconds
@@ -159,8 +161,8 @@ class Budget:
 
     def as_json(self) -> dict[str, Any]:
         """What is spent by now, the checkpoint that is being written included."""
-        elapsed = self.spent.elapsed_s + self.clock() - self._last + self.spent.save_s
-        return asdict(self.spent) | {"elapsed_s": elapsed}
+        running = 0.0 if self._last is None else self.clock() - self._last + self.spent.save_s
+        return asdict(self.spent) | {"elapsed_s": self.spent.elapsed_s + running}
 
     def go_on(self, stored: Mapping[str, Any], *, replay: Mapping[int, float]) -> None:
         """Take up what a checkpoint holds; positions in `replay`, by step, are taken as they are."""
@@ -169,7 +171,7 @@ class Budget:
 
     def _lap(self) -> float:
         now = self.clock()
-        seconds = now - self._last
+        seconds = now - (now if self._last is None else self._last)
         self.spent.elapsed_s += seconds
         self._last = now
         return seconds

@@ -151,7 +151,7 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
         self.keep_checkpoints = train.keep_checkpoints
         self.save_every = train.save_every
         self._sampler = EpochSampler(len(rows), seed=args.seed)
-        self._row_tokens = [sum(lengths) for lengths in rows["seq_lengths"]]
+        self.row_tokens = [sum(lengths) for lengths in rows["seq_lengths"]]
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._head = self.model.get_output_embeddings()
         self._fused_head = args.device.type == "cuda" and type(self._head) is nn.Linear
@@ -202,7 +202,7 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
             result = TrainOutput(start.step, 0.0, {})
         else:
             display = closing(self.facts.display) if self.facts.display else nullcontext()
-            with self.signals, display, self.shortages_named(), self._casts("autocast"):
+            with self.signals, display, self.shortages_named(), self.casts("autocast"):
                 result = super().train(resume_from_checkpoint=str(start.folder) if start else None)
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self._chat.align(self.model)  # transformers puts the tokenizer's special tokens in when it starts
@@ -219,7 +219,7 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
         self._step_began = time.perf_counter()
         batches = list(islice(epoch_iterator, num_batches))
         self.begin_step(self._rows_of_step())
-        self._step_tokens = sum(self._row_tokens[number] for number in self._step_rows)
+        self._step_tokens = sum(self.row_tokens[number] for number in self._step_rows)
         self._step_trained_tokens = torch.stack([(batch["labels"] != IGNORED).sum() for batch in batches]).sum()
         return batches, self._step_trained_tokens.to(device)
 
@@ -305,7 +305,7 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
         if eval_dataset is not None or self.evaluations is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         try:
-            with self._casts("adapter dtype"), self.evaluations.whole_or_pending(), self.signals.cut_short():
+            with self.casts("adapter dtype"), self.evaluations.whole_or_pending(), self.signals.cut_short():
                 scores, answers = self.evaluations.run(self.model, step=self.state.global_step)
         except Stop:  # the evaluation is repeated by the resumed run
             self.control.should_evaluate = False
@@ -326,7 +326,7 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
         self._load_from_checkpoint(str(start.folder))
         self.state = TrainerState.load_from_json(str(start.folder / TRAINER_STATE))
         display = closing(self.facts.display) if self.facts.display else nullcontext()
-        with self.signals, display as shown, self._casts("autocast"):
+        with self.signals, display as shown, self.casts("autocast"):
             if shown is not None:
                 shown.on_train_begin(self.args, self.state, self.control)
             self.evaluate()
@@ -343,7 +343,7 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
 step {saved or 0}"
 
     @contextmanager
-    def _casts(self, to: Literal["adapter dtype", "autocast"]) -> Iterator[None]:
+    def casts(self, to: Literal["adapter dtype", "autocast"]) -> Iterator[None]:
         """Under autocast, inside: who casts the input of an adapter. An evaluation runs the model without autocast."""
         if not (self.args.bf16 or self.args.fp16):
             yield

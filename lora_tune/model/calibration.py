@@ -63,15 +63,13 @@ def libraries() -> str:
 def read(card: str) -> Calibration | None:
     """What was measured on this card (its name, as `cards.py` or the driver gives it) with these library versions."""
     versions = libraries()
-    runs = [run for run in _stored().get(card, {}).get(versions, []) if isinstance(run, dict)]
+    runs = [run for run in _stored().get(card, {}).get(versions, []) if _is_run(run)]
     if not runs:
         return None
     parts = sorted({name for run in runs for name in _ratios(run.get("ratios"))})
     by_part = {name: [_ratios(run.get("ratios"))[name] for run in runs if name in _ratios(run.get("ratios"))]
                for name in parts}  # fmt: skip
     steps = [run["step_ratio"] for run in runs if _is_ratio(run.get("step_ratio"))]
-    if not by_part and not steps:
-        return None
     peaks = by_part.get("peak", [])
     middle = statistics.median(peaks) if peaks else 1.0
     return Calibration(
@@ -93,9 +91,10 @@ def remember(
 ) -> None:
     """Add one measurement: GiB by part (names of `MemoryPlan.parts_gib`, or `peak`); what one side lacks is left out.
 
-    `predicted` must come from the formulas alone (`MemoryPlan.formula_gib`), not from a plan that was corrected by an
-    earlier measurement. `step_s` is (predicted, measured) seconds of one optimizer step. A cache folder that cannot be
-    written is no error: the next plan is as exact as this one was.
+    `predicted` must come from the formulas alone (`MemoryPlan.formula_gib`; as `peak` its `allocated_gib`, which is
+    what torch counts as allocated), not from a plan that was corrected by an earlier measurement. `step_s` is
+    (predicted, measured) seconds of one optimizer step. A cache folder that cannot be written is no error: the next
+    plan is as exact as this one was.
     """
     ratios = {name: measured[name] / predicted[name] for name in predicted.keys() & measured.keys() if predicted[name]}
     run: dict[str, Any] = {"ratios": {name: ratio for name, ratio in sorted(ratios.items()) if _is_ratio(ratio)}}
@@ -137,6 +136,11 @@ def _stored() -> dict[str, dict[str, list[Any]]]:
         for card, sets in cards
         if isinstance(sets, dict)
     }
+
+
+def _is_run(run: Any) -> bool:
+    """Whether a measurement says anything that can be believed."""
+    return isinstance(run, dict) and bool(_ratios(run.get("ratios")) or _is_ratio(run.get("step_ratio")))
 
 
 def _ratios(found: Any) -> dict[str, float]:

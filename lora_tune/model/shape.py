@@ -60,6 +60,8 @@ class Shape:
     `linears` are its linear layers but for the head, `expert_parameters` those of the routed experts,
     `active_intermediate` the feed-forward width that one token passes, `other_parameters` norms, biases and
     positions. `known` says whether the architecture is in our table; others are counted as a Llama of these sizes.
+    Of a mixture, `routed` is the number of experts that a token passes and `shared_intermediate` the width of those
+    that every token does. `sliding_window` is set where any layer has one.
     """
 
     model_type: str
@@ -77,6 +79,9 @@ class Shape:
     active_intermediate: int
     other_parameters: int
     known: bool
+    routed: int = 0
+    shared_intermediate: int = 0
+    sliding_window: int | None = None
 
     @property
     def embedding_parameters(self) -> int:
@@ -139,7 +144,17 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
         active_intermediate=active * expert_size + shared if sparse else intermediate,
         other_parameters=_other(text, model_type, layers=layers, hidden=hidden, query=query, key_value=key_value),
         known=model_type in _LLAMA_LIKE or model_type in _FUSED,
+        routed=active if sparse else 0,
+        shared_intermediate=shared if sparse else 0,
+        sliding_window=_window(text),
     )
+
+
+def _window(text: Mapping[str, Any]) -> int | None:
+    """Tokens that layers with a sliding window see; None where no layer has one."""
+    window = text.get("sliding_window")
+    used = text.get("use_sliding_window", True) is not False
+    return window if isinstance(window, int) and not isinstance(window, bool) and window > 0 and used else None
 
 
 def _attention(

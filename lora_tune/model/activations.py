@@ -1,0 +1,174 @@
+"""What a forward pass keeps for the backward pass, layer by layer.
+
+Counted by saved-tensor hooks on transformers 5.23 with peft 0.21.2, over small models of every family whose sizes
+vary: the counts are linear in the sizes, with whole factors (`python benchmarks/saved_activations.py` repeats it).
+nf4, fp4 and int8 bases keep what unquantized ones do: only the adapter's A reads a layer's input again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_tune.model.shape import Linear, Shape
+from lora_tune.recipe import Lora
+
+_QUERIES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "q_a_proj", "kv_a_proj_with_mqa")
+_UP = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h")
+_ANCHORED = ("pissa", "olora")  # hold twice the rank
+
+
+@dataclass(frozen=True, slots=True)
+class _Set:
+    """Bytes per token that one layer keeps with adapters on all linear layers: factors of sizes, (16 bit, 32 bit).
+
+    Eager attention keeps `scores` bytes for every head and key. `masked`: attention has a mask even for a single
+    document. `qkv`: joined where queries, keys and values are slices of one projection.
+    `norm` is what a norm keeps per hidden size; None: its input as it is (autocast on a GPU makes float32 of it, which
+    is not counted).
+    """
+
+    hidden: tuple[int, int] = (12, 16)
+    intermediate: tuple[int, int] = (8, 16)
+    query: tuple[int, int] = (4, 8)
+    key_value: tuple[int, int] = (4, 8)
+    scores: tuple[int, int] = (0, 0)
+    masked: Literal["always", "where needed"] = "where needed"
+    qkv: Literal["apart", "joined"] = "apart"
+    norm: int | None = 4  # bytes per token and hidden size that a norm keeps; None: its input as it is
+
+
+_LLAMA = _Set()
+_EIGHT_NORMED = _Set(query=(8, 12), key_value=(8, 12))  # norms of queries and keys
+_SETS = {
+    "qwen3": _EIGHT_NORMED, "exaone4": _EIGHT_NORMED, "olmo2": _EIGHT_NORMED, "qwen3_vl_text": _EIGHT_NORMED,
+    "qwen3_vl": _EIGHT_NORMED, "gemma3_text": _Set(hidden=(20, 24), query=(8, 12), key_value=(8, 12)),
+    "gemma3": _Set(hidden=(20, 24), query=(8, 12), key_value=(8, 12)),
+    "gemma2": _Set(hidden=(20, 24), query=(8, 16), key_value=(0, 0), scores=(8, 8)),
+    "glm4": _Set(hidden=(20, 24), query=(6, 12)),
+    "phi3": _Set(hidden=(14, 20), query=(6, 12), key_value=(6, 12), qkv="joined"),
+    "cohere": _Set(hidden=(10, 12), norm=8),
+    "cohere2": _Set(hidden=(10, 12), norm=8),
+    "stablelm": _Set(hidden=(10, 20), norm=None),
+    "phi": _Set(hidden=(6, 12), intermediate=(10, 20), norm=None),
+    "starcoder2": _Set(hidden=(8, 16), intermediate=(4, 8), norm=None),
+    "gpt_neox": _Set(hidden=(8, 16), intermediate=(4, 8), query=(12, 24), key_value=(0, 0), norm=None),
+    "falcon": _Set(hidden=(6, 12), intermediate=(4, 8), query=(8, 16), key_value=(0, 0), masked="always",
+                   norm=None),
+    "gpt2": _Set(hidden=(8, 16), intermediate=(10, 20), query=(8, 16), key_value=(0, 0), norm=None),
+    "gpt_bigcode": _Set(hidden=(8, 16), intermediate=(10, 20), query=(8, 16), key_value=(0, 0), norm=None),
+    "qwen3_moe": _EIGHT_NORMED, "glm4_moe": _EIGHT_NORMED,
+    "gpt_oss": _Set(query=(8, 16), key_value=(0, 0), scores=(2, 4)),
+}  # fmt: skip
+_EXPERT = {"gpt_oss": (12, 24)}  # bytes for each unit of an expert's width; 6 and 12 elsewhere
+
+
+def saved_bytes_per_layer(
+    shape: Shape,
+    *,
+    tokens: int,
+    element: int,
+    lora: Lora,
+    row_length: int | None = None,
+    dropout_mask: int | None = None,
+) -> int:
+    """Bytes that one decoder layer without checkpointing keeps for the backward pass of `tokens` tokens.
+
+    `element` is the bytes of an activation. With `row_length` (tokens per row) attention has a mask: keys and values
+    are repeated for grouped queries, and SDPA keeps the mask in the compute dtype. `dropout_mask`: bytes of one element
+    of a dropout mask (a CPU keeps it in the dtype of the activation, which is the default; a GPU in 1 byte).
+    """
+    wide = 0 if element == 2 else 1
+    found = _SETS.get(shape.model_type, _LLAMA)
+    masked = row_length is not None or found.masked == "always"
+    keys = row_length or tokens
+    per_token = _hidden(shape, found, wide) * shape.hidden + _feed_forward(shape, found, wide)
+    query, key_value = found.query[wide], found.key_value[wide]
+    if masked and shape.key_value != shape.query and key_value:  # keys and values are repeated for every query head
+        joined = found.qkv == "joined"
+        query, key_value = (4 * element, 0) if joined else (query + 2 * element, key_value - 2 * element)
+    per_token += query * shape.query + key_value * shape.key_value
+    if found.scores[wide]:
+        per_token += found.scores[wide] * shape.heads * keys
+    elif masked:
+        per_token += element * keys
+    per_token += 4 * shape.heads + 8 + (20 + 40 * shape.routed if shape.routed else 0)
+    per_token += _adapters(shape, element, lora, element if dropout_mask is None else dropout_mask)
+    return tokens * per_token
+
+
+def _hidden(shape: Shape, found: _Set, wide: int) -> int:
+    """Factor of the hidden size; a layer of experts keeps the routed inputs and outputs, and has no adapter there."""
+    if not shape.routed:
+        return found.hidden[wide]
+    gate = (4, 8)[wide] if shape.model_type == "qwen2_moe" else 0  # of the shared expert
+    return (10, 12)[wide] + (2, 4)[wide] * shape.routed + gate
+
+
+def _feed_forward(shape: Shape, found: _Set, wide: int) -> int:
+    if not shape.routed:
+        return found.intermediate[wide] * shape.active_intermediate
+    routed = shape.active_intermediate - shape.shared_intermediate
+    expert = _EXPERT.get(shape.model_type, (6, 12))[wide]
+    return expert * routed + found.intermediate[wide] * shape.shared_intermediate
+
+
+def _adapters(shape: Shape, element: int, lora: Lora, mask: int) -> int:
+    """Bytes per token by what has an adapter: its rank, its input where nothing else keeps it, dropout, DoRA."""
+    targets = [linear for linear in shape.linears if is_target(linear, lora)]
+    per_token = 0
+    for linear in targets:
+        share = linear.count / shape.layers
+        rank = rank_of(linear, lora) * (2 if lora.method in _ANCHORED else 1)
+        per_token += round(share * element * rank)
+        if lora.dropout:
+            per_token += round(share * (element + mask) * linear.inputs)
+        if lora.method == "dora":
+            per_token += round(share * 2 * element * linear.outputs)
+    per_token -= _not_kept(shape, targets, element, lora)
+    return per_token
+
+
+def _not_kept(shape: Shape, targets: Iterable[Linear], element: int, lora: Lora) -> int:
+    """Inputs that no adapter reads, or reads after dropout alone."""
+    names = {linear.name for linear in targets} if not lora.dropout else set()
+    saved = 0
+    if not names & set(_QUERIES):
+        saved += element * shape.hidden
+    if not shape.routed:
+        saved += 0 if names & set(_UP) else element * shape.hidden
+        down = [linear for linear in shape.linears if linear.inputs == shape.intermediate != shape.hidden]
+        saved += 0 if names & {linear.name for linear in down} else element * shape.active_intermediate
+    return saved
+
+
+def is_target(linear: Linear, lora: Lora) -> bool:
+    """Whether the `lora` section puts an adapter on layers of this name."""
+    return lora.targets == "all-linear" or any(_ends(name, linear.name) for name in lora.targets)
+
+
+def rank_of(linear: Linear, lora: Lora) -> int:
+    """The rank of the adapters on layers of this name."""
+    return next((rank for name, rank in lora.rank_pattern.items() if _ends(name, linear.name)), lora.rank)
+
+
+def _ends(name: str, module: str) -> bool:
+    """Whether a name of the recipe (`q_proj`, `self_attn.q_proj`) means modules of this name."""
+    return name.rsplit(".", 1)[-1] == module
+
+
+def input_bytes(shape: Shape, *, tokens: int, element: int) -> int:
+    """Bytes that a checkpointed layer keeps: its input."""
+    return tokens * shape.hidden * element
+
+
+def kept_after_forward(shape: Shape, *, one_set: int, tokens: int, element: int, checkpointed: int) -> int:
+    """Bytes kept when the forward pass of all layers has ended; `one_set` as `saved_bytes_per_layer` gives it.
+
+    The first of the layers keeps no input of its norm, since nothing below it is trained; the last norm keeps as much.
+    """
+    inputs = checkpointed * input_bytes(shape, tokens=tokens, element=element)
+    norm = _SETS.get(shape.model_type, _LLAMA).norm or element
+    last_norm = norm * tokens * shape.hidden if checkpointed else 0
+    return inputs + (shape.layers - checkpointed) * one_set + last_norm

@@ -1,0 +1,257 @@
+"""Bytes of a run by part, from the shape of its base and the recipe.
+
+Weights by quantization; adapters, gradients and optimizer states by parameter; kept activations as counted by
+saved-tensor hooks (`activations.py`). Temporaries of one layer's backward pass (4I + 6h per token) and 0.5 GiB for the
+CUDA context, cuBLAS and fragmentation are estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_tune.model.activations import input_bytes, is_target, kept_after_forward, rank_of, saved_bytes_per_layer
+from lora_tune.model.calibration import Calibration
+from lora_tune.model.device import Device
+from lora_tune.model.shape import Shape, read_shape
+from lora_tune.recipe import Base, Lora, Train
+
+GIB = 2**30
+RUNTIME_GIB = 0.5
+_ROW_LENGTHS = 2  # documents of a micro-batch are folded into rows of at most about this many times max_length
+_NF4 = 0.5 + 1 / 64 + 4 / 16384  # bytes: 4 bits, one 8-bit scale per 64, one float32 per 256 scales
+_NF4_SINGLE = 0.5 + 4 / 64  # without double quantization: one float32 scale per 64
+OPTIMIZER_BYTES = {  # states per trained parameter of float32
+    "adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04, "lion_8bit": 1.02,
+    "adafactor": 0.5, "sgd": 0.0,
+}  # fmt: skip
+_ADAPTER_BYTES = 4  # of an adapter weight and of its gradient: float32 beside every base
+_ANCHORED = ("pissa", "olora")  # keep frozen anchors as large as what is trained
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "lm_head")
+_EVALUATED_TOKENS = 8_192  # of a batch of the held-out loss; halved on a GPU where it does not fit
+_LOSS_POSITIONS = 256  # of a row whose log-probabilities are computed at once
+EXACT = ("weights", "adapters", "gradients", "optimizer")  # parts that are counted, not estimated
+# share of a part by which it may be wrong, before anything was measured on a card
+_ERROR = {"weights": 0.005, "activations": 0.03, "loss_head": 0.3, "buffers": 0.3, "runtime": 0.4}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `auto` became: sequences of a micro-batch, how many layers recompute their activations, the optimizer."""
+
+    micro: int
+    checkpointed: int
+    optimizer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that the formulas need of a run, whatever is chosen for it."""
+
+    shape: Shape
+    base: Base
+    lora: Lora
+    train: Train
+    device: Device
+    calibration: Calibration | None = None
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation and of an unquantized weight."""
+        if self.base.compute_dtype == "auto":
+            return 2 if self.device == "cuda" else 4
+        return 4 if self.base.compute_dtype == "float32" else 2
+
+
+def job_of(
+    config: Mapping[str, Any] | Shape,
+    *,
+    base: Base,
+    lora: Lora,
+    train: Train,
+    device: Device,
+    calibration: Calibration | None = None,
+) -> Job:
+    """The formulas' inputs, from a `config.json` or a shape read before; a base stored quantized keeps its own kind."""
+    shape = config if isinstance(config, Shape) else read_shape(config)
+    stored = None if isinstance(config, Shape) else config.get("quantization_config")
+    if isinstance(stored, Mapping):
+        double = bool(stored.get("bnb_4bit_use_double_quant"))
+        kind = "int8" if stored.get("load_in_8bit") or stored.get("_load_in_8bit") else "nf4"
+        base = base.model_copy(update={"quantize": kind, "double_quant": double})
+    return Job(shape, base, lora, train, device, calibration)
+
+
+def parts_gib(job: Job, choice: Choice) -> dict[str, float]:
+    """GiB by part at the moment when most is needed, corrected by what was measured on this card; they add up.
+
+    `activations` are kept from the forward to the backward pass, `loss_head` holds logits and their gradients,
+    `buffers` what the peak needs beside them: a layer that is recomputed, temporaries, dequantized weights, masks.
+    """
+    found = formula_gib(job, choice)
+    if job.calibration is None or "peak" not in job.calibration.ratios:
+        return found
+    counted = sum(found[name] for name in EXACT)
+    allocated = sum(found.values()) - found["runtime"]
+    estimated = max(allocated - counted, 1e-9)
+    factor = min(3.0, max(0.3, (allocated * job.calibration.ratios["peak"] - counted) / estimated))
+    return {name: size if name in (*EXACT, "runtime") else size * factor for name, size in found.items()}
+
+
+def formula_gib(job: Job, choice: Choice) -> dict[str, float]:
+    """GiB by part as the formulas give them: of training, or of evaluation where that needs more."""
+    training = _training(job, choice)
+    evaluation = _evaluation(job, choice)
+    larger = training if sum(training.values()) >= sum(evaluation.values()) else evaluation
+    return {name: size / GIB for name, size in larger.items()}
+
+
+def uncertainty_gib(job: Job, parts: Mapping[str, float]) -> float:
+    """By how much the sum of these parts may be wrong; less where this card was measured."""
+    peak = sum(parts.values())
+    measured = job.calibration if job.calibration and "peak" in job.calibration.ratios else None
+    if measured is not None:
+        return peak * max(0.01, measured.spread if measured.spread is not None else 0.03)
+    known = 1.0 if job.shape.known else 3.0
+    return known * sum(share * parts[name] for name, share in _ERROR.items())
+
+
+def _held(job: Job, choice: Choice) -> dict[str, float]:
+    """Bytes that stay through the whole run."""
+    adapters, full = trained_weights(job.shape, job.lora)
+    state = OPTIMIZER_BYTES[choice.optimizer]
+    anchors = adapters * _ADAPTER_BYTES if job.lora.method in _ANCHORED else 0
+    return {
+        "weights": _weights(job),
+        "adapters": adapters * _ADAPTER_BYTES + full * job.element + anchors,
+        "gradients": adapters * _ADAPTER_BYTES + full * job.element,
+        "optimizer": adapters * state + full * state * job.element / 4,
+    }
+
+
+def _training(job: Job, choice: Choice) -> dict[str, float]:
+    """Bytes by part in a training step: at the loss, or in the backward pass of a layer, whichever needs more."""
+    tokens = choice.micro * job.train.max_length
+    shape, element = job.shape, job.element
+    one_set = saved_bytes_per_layer(
+        shape,
+        tokens=tokens,
+        element=element,
+        lora=job.lora,
+        row_length=_row_length(job, tokens) if _masked(job, tokens) else None,
+        dropout_mask=1 if job.device == "cuda" else None,
+    )
+    kept = kept_after_forward(shape, one_set=one_set, tokens=tokens, element=element, checkpointed=choice.checkpointed)
+    recomputed = choice.checkpointed * input_bytes(shape, tokens=tokens, element=element)
+    recomputed += max(shape.layers - choice.checkpointed, 1) * one_set
+    head, layer = _loss_head(job, tokens), _layer_buffers(job, tokens)
+    return _held(job, choice) | {
+        "activations": kept,
+        "loss_head": head,
+        "buffers": max(0.0, recomputed + layer - kept - head) + _lasting_buffers(job, tokens),
+        "runtime": RUNTIME_GIB * GIB,
+    }
+
+
+def _evaluation(job: Job, choice: Choice) -> dict[str, float]:
+    """Bytes by part while the held-out loss is computed, or an answer is generated, between steps.
+
+    On a GPU batches are halved until they fit, so that one row of `max_length` tokens is what must; adapters run in
+    float32 there. Keys and values of a row that is generated are less than its logits and temporaries here.
+    """
+    shape, element, length = job.shape, job.element, job.train.max_length
+    tokens = length if job.device == "cuda" else max(length, _EVALUATED_TOKENS)
+    logits = length * shape.vocabulary * element + min(length, _LOSS_POSITIONS) * shape.vocabulary * (element + 8)
+    temporaries = tokens * (shape.active_intermediate * (2 * element + 12) + shape.hidden * (2 * element + 4))
+    return _held(job, choice) | {
+        "gradients": 0.0,
+        "activations": 0.0,
+        "loss_head": float(logits),
+        "buffers": temporaries + _dequantized(job),
+        "runtime": RUNTIME_GIB * GIB,
+    }
+
+
+def _weights(job: Job) -> float:
+    """The frozen base: linear layers as quantized; embeddings, head, norms and experts in the compute dtype."""
+    shape, quantize = job.shape, job.base.quantize
+    rest = shape.embedding_parameters + shape.expert_parameters + shape.other_parameters
+    four_bit = _NF4 if job.base.double_quant else _NF4_SINGLE
+    per_weight = {"nf4": four_bit, "fp4": four_bit, "int8": 1.0, "none": float(job.element)}[quantize]
+    return shape.linear_parameters * per_weight + rest * job.element
+
+
+def trainable_parameters(shape: Shape, lora: Lora) -> int:
+    """Weights of the adapter: A and B of every target, DoRA's magnitudes, modules trained in full, new tokens."""
+    return sum(trained_weights(shape, lora))
+
+
+def trained_weights(shape: Shape, lora: Lora) -> tuple[int, int]:
+    """Weights of adapters and new tokens (float32), and of modules trained in full (in the dtype of the base)."""
+    count = 0
+    for linear in shape.linears:
+        if is_target(linear, lora):
+            count += linear.count * rank_of(linear, lora) * (linear.inputs + linear.outputs)
+            count += linear.count * linear.outputs if lora.method == "dora" else 0
+    full = {linear.name: linear.parameters for linear in shape.linears}
+    full |= dict.fromkeys(_EMBEDDINGS, shape.vocabulary * shape.hidden)
+    in_full = sum(full.get(name.rsplit(".", 1)[-1], 0) for name in lora.modules_to_save)
+    return count + len(lora.new_tokens) * shape.hidden * (1 if shape.tied else 2), in_full
+
+
+def _loss_head(job: Job, tokens: int) -> float:
+    """On a GPU TRL's fused head in tiles of 4,096 x 32,768; else all logits, their float32 copy and gradient.
+
+    A head that is trained, or has new tokens in it, is no plain linear layer, and gives all logits on a GPU as well.
+    """
+    shape = job.shape
+    plain = not job.lora.new_tokens and not any(
+        name.rsplit(".", 1)[-1] in _EMBEDDINGS for name in job.lora.modules_to_save
+    )
+    if job.device == "cuda" and plain:
+        return min(tokens, 4096) * min(shape.vocabulary, 32_768) * 2 + tokens * shape.hidden * 4
+    return tokens * shape.vocabulary * (job.element + 8)
+
+
+def _layer_buffers(job: Job, tokens: int) -> float:
+    """What one layer's backward pass needs: temporaries, a dequantized weight, DoRA's norm of W + BA in float32."""
+    shape = job.shape
+    temporaries = tokens * (4 * shape.active_intermediate + 6 * shape.hidden) * job.element / 2
+    merged = 2 * shape.largest_linear * 4 if job.lora.method == "dora" else 0
+    return temporaries + _dequantized(job) + merged
+
+
+def _dequantized(job: Job) -> float:
+    return 0.0 if job.base.quantize == "none" else float(job.shape.largest_linear * job.element)
+
+
+def _lasting_buffers(job: Job, tokens: int) -> float:
+    """From the forward pass on: the mask of packed rows, 16-bit copies of adapters, embeddings with new tokens."""
+    shape = job.shape
+    adapters, _ = trained_weights(shape, job.lora)
+    copies = adapters * (2 if job.element == 2 else 0)
+    if job.lora.method in _ANCHORED:  # trained and anchored rows are joined into one matrix at every forward pass
+        copies = 2 * adapters * job.element
+    joined = 2 * shape.vocabulary * shape.hidden * job.element if job.lora.new_tokens else 0
+    mask = tokens * _row_length(job, tokens) if _masked(job, tokens) else 0
+    return copies + joined + mask
+
+
+def _masked(job: Job, tokens: int) -> bool:
+    """Whether attention needs a mask: several documents in one row, rows of unequal length, a sliding window."""
+    window = job.shape.sliding_window
+    return job.train.packing or tokens > job.train.max_length or (window is not None and window < job.train.max_length)
+
+
+def _row_length(job: Job, tokens: int) -> int:
+    return min(tokens, _ROW_LENGTHS * job.train.max_length)
+
+
+def attended(job: Job, choice: Choice) -> float:
+    """Keys that a query is multiplied with: a whole sequence under a mask, half of one where attention is causal.
+
+    Packed documents are folded into rows about as long as the longest of them, which is taken to be `max_length`.
+    """
+    tokens = choice.micro * job.train.max_length
+    return float(job.train.max_length) if _masked(job, tokens) else job.train.max_length / 2

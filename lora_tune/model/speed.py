@@ -1,0 +1,59 @@
+"""Seconds and FLOP of a step: products of matrices, memory traffic and what the host needs to start them.
+
+Two constants are fitted to published runs of the same stack (transformers with PEFT and bitsandbytes, not compiled):
+products reach 70 % of a card's dense 16-bit throughput, traffic 80 % of its bandwidth. `benchmarks/plan_accuracy.py`
+prints published runs beside what comes out. Expect 25 % either way.
+"""
+
+from __future__ import annotations
+
+from lora_tune.model.activations import saved_bytes_per_layer
+from lora_tune.model.cards import Card
+from lora_tune.model.footprint import Choice, Job, attended, trained_weights
+
+SPEED_ERROR = 0.25
+_PRODUCTS = 0.7  # of the card's TFLOP/s
+_TRAFFIC = 0.8  # of its bandwidth
+_PASSES = 3  # every kept byte is written once and read about twice, in each of forward, backward (2) and recompute
+_HOST_S = {"none": 0.0019, "int8": 0.0035, "nf4": 0.0035, "fp4": 0.0035}  # per layer and pass, from Python and launches
+_STEP_S = 0.01  # clipping, optimizer, logging
+_RELATIVE = Card("", 0.0, 100.0, 800.0)  # a card of unknown speed: choices need the proportion alone
+_CPU = Card("", 0.0, 1.0, 40.0)
+
+
+def flop_per_token(job: Job, choice: Choice) -> float:
+    """FLOP of training on one token: forward 2 N and backward 2 N, 2 N more where a layer is recomputed.
+
+    Of a mixture N counts the experts that a token passes. The head is computed three times over (fused), attention
+    with 2 products forward and 5 backward over the keys that are read, masked or not.
+    """
+    shape = job.shape
+    recomputed = choice.checkpointed / shape.layers
+    experts = shape.active_intermediate - shape.shared_intermediate if shape.routed else 0
+    frozen = shape.linear_parameters + 3 * shape.hidden * experts * shape.layers
+    adapters, full = trained_weights(shape, job.lora)
+    keys = 2 * attended(job, choice) * shape.query * shape.layers
+    head = 6 * shape.vocabulary * shape.hidden
+    return (
+        (4 + 2 * recomputed) * frozen + head + (7 + 2 * recomputed) * keys + (6 + 2 * recomputed) * adapters + 2 * full
+    )
+
+
+def step_seconds(job: Job, choice: Choice, card: Card | None) -> float:
+    """Seconds of one optimizer step on this card; on one of unknown speed a number that orders choices alone."""
+    speed = card if card and card.tflops else _CPU if job.device == "cpu" else _RELATIVE
+    shape, tokens = job.shape, choice.micro * job.train.max_length
+    recomputed = choice.checkpointed / shape.layers
+    kept = shape.layers * saved_bytes_per_layer(shape, tokens=tokens, element=job.element, lora=job.lora)
+    traffic = _PASSES * (3 + recomputed) * kept
+    if job.base.quantize != "none":
+        held = 1.0 if job.base.quantize == "int8" else 0.516
+        traffic += (2 + recomputed) * shape.linear_parameters * (job.element + held)
+    factor = 1.0 if job.element == 2 else 4.0  # float32 products reach about a quarter of the 16-bit rate
+    products = tokens * flop_per_token(job, choice) * factor / (_PRODUCTS * speed.tflops * 1e12)
+    seconds = products + traffic / (_TRAFFIC * speed.bandwidth_gbs * 1e9)
+    if job.device == "cuda":
+        seconds = max(seconds, shape.layers * _HOST_S[job.base.quantize] * (1 + recomputed))
+    seconds = job.train.batch_size // choice.micro * seconds + _STEP_S
+    ratio = job.calibration.step_ratio if job.calibration else None
+    return seconds * (ratio or 1.0)

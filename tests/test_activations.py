@@ -1,0 +1,55 @@
+"""Saved activations: the plan's count against what saved-tensor hooks see, family by family."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+
+from benchmarks.saved_activations import saved_bytes, tiny_config
+from lora_tune.model.activations import kept_after_forward, saved_bytes_per_layer
+from lora_tune.model.shape import read_shape
+from lora_tune.recipe import Lora
+
+SIZES = (128, 320, 4, 2, 32)
+EQUAL = (128, 320, 4, 4, 32)  # as many key-value heads as heads
+FAMILIES = {
+    "llama": SIZES, "mistral": SIZES, "qwen2": SIZES, "qwen3": SIZES, "gemma": SIZES, "gemma2": SIZES,
+    "gemma3_text": SIZES, "phi3": SIZES, "olmo2": SIZES, "glm4": SIZES, "smollm3": SIZES, "cohere": SIZES,
+    "gpt2": EQUAL, "gpt_neox": EQUAL, "phi": EQUAL, "starcoder2": SIZES, "stablelm": EQUAL, "falcon": EQUAL,
+    "mixtral": SIZES, "qwen3_moe": SIZES, "gpt_oss": SIZES, "qwen2_moe": SIZES, "exaone4": SIZES,
+}  # fmt: skip
+WIDTH: dict[str, Literal["bfloat16", "float32"]] = {"2": "bfloat16", "4": "float32"}
+
+
+def planned(config: dict[str, Any], *, documents: list[int], element: int, lora: Lora, checkpointed: int) -> int:
+    shape, tokens = read_shape(config), sum(documents)
+    row_length = tokens if len(documents) > 1 else None
+    one_set = saved_bytes_per_layer(shape, tokens=tokens, element=element, lora=lora, row_length=row_length)
+    return kept_after_forward(shape, one_set=one_set, tokens=tokens, element=element, checkpointed=checkpointed)
+
+
+@pytest.mark.parametrize("checkpointed", [0, 6], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_16_bit_pass_keeps(family: str, quantize: Literal["none", "nf4"], checkpointed: int) -> None:
+    config = tiny_config(family, FAMILIES[family], layers=6)
+    lora = Lora(rank=4)
+    real = saved_bytes(
+        config, dtype="bfloat16", lora=lora, documents=[200], quantize=quantize,
+        checkpointed="all" if checkpointed else "none",
+    )  # fmt: skip
+    assert planned(config, documents=[200], element=2, lora=lora, checkpointed=checkpointed) == pytest.approx(
+        real, rel=0.03
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_packed_rows_keep_in_16_and_32_bit(family: str) -> None:
+    config = tiny_config(family, FAMILIES[family], layers=6)
+    lora, documents = Lora(rank=4), [80, 120]
+    for element, dtype in ((2, WIDTH["2"]), (4, WIDTH["4"])):
+        real = saved_bytes(config, dtype=dtype, lora=lora, documents=documents, checkpointed=1)
+        assert planned(config, documents=documents, element=element, lora=lora, checkpointed=1) == pytest.approx(
+            real, rel=0.03
+        )

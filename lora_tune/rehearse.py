@@ -194,7 +194,7 @@ class Rehearsal:
 
     def same(self) -> str:
         """The adapter of the killed and resumed run is that of the undisturbed one. Raises: CheckFailed."""
-        from lora_tune.training.progress import METRICS, read_metrics
+        from lora_tune.training.metrics_file import METRICS, read_metrics
 
         calm, killed = self.folder / "calm", self.folder / "killed"
         losses = [[row["loss"] for row in read_metrics(run / METRICS) if "loss" in row] for run in (calm, killed)]

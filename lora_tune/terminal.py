@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_tune import __version__
-from lora_tune.disk import disk_text
+from lora_tune.disk import FULL, disk_text
 from lora_tune.errors import Interrupted, LoraTuneError, Problem, ResourceError, UsageError
 from lora_tune.interrupts import Stop, handled_by, signal_name, stop
 
@@ -103,11 +103,14 @@ def print_json(facts: Mapping[str, Any], problems: Sequence[Problem] = ()) -> No
 
 
 @contextmanager
-def activity(doing: str) -> Iterator[None]:
-    """Names what is being done (`loading the base`): on stderr if that is a terminal, and in the report of a fault."""
+def activity(doing: str, *, display: Literal["status", "own"] = "status") -> Iterator[None]:
+    """Names what is being done (`loading the base`): on stderr if that is a terminal, and in the report of a fault.
+
+    `display` "own": what is done shows its own progress, and nothing more is drawn.
+    """
     _activity.append(doing)
     console = messages()
-    if console.is_terminal:
+    if console.is_terminal and display == "status":
         with console.status(f"{printable(doing)} …"):
             yield
     else:
@@ -180,12 +183,14 @@ def _as_error(error: Exception, name: str) -> LoraTuneError:
         return UsageError(error.format_message().rstrip("."), f"see {name} --help")
     if isinstance(error, typer.Abort):
         return UsageError("stopped at a question", f"see {name} --help")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (*FULL, errno.EIO, errno.EROFS):
         fix = f"make room; {_GOES_ON}" if _run_folder else "make room"
         path = _run_folder[-1] if _run_folder else Path(error.filename or ".")
-        return ResourceError(f"the disk is full, while {_doing(name)}: {disk_text(error, path)}", fix)
-    if isinstance(error, PermissionError) and error.filename is not None:
-        return UsageError(f"{error.filename}: permission denied, while {_doing(name)}", "allow it, or name another")
+        state = "is full" if error.errno in FULL else "refuses"
+        return ResourceError(f"the disk {state}, while {_doing(name)}: {disk_text(error, path)}", fix)
+    if isinstance(error, PermissionError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return UsageError(f"{where}permission denied, while {_doing(name)}", "allow it, or name another")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own, without torch
         fix = "lower train.micro_batch_size or train.max_length"
         return ResourceError(f"the memory is full, while {_doing(name)}", fix)

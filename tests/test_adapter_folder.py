@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lora_tune.adapter import folder as layout
-from lora_tune.adapter.folder import FILES, MANIFEST, file_record, read_manifest
+from lora_tune.adapter.folder import FILES, MANIFEST, damaged_files, file_record, read_manifest
 from lora_tune.adapter.load import attach_saved, load_adapter, read_adapter
 from lora_tune.adapter.write import stored_recipe, write_run
 from lora_tune.errors import CheckFailed, ResourceError
@@ -219,3 +219,34 @@ def test_a_damaged_manifest_is_one_line(written: tuple[Path, torch.Tensor], tmp_
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(CheckFailed, match="not finished"):
         read_manifest(tmp_path)
+
+
+def test_a_damaged_folder_never_counts_as_finished(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    finished.write_finished(folder, tiny_base)
+    assert damaged_files(folder) == []
+    for name in sorted(read_manifest(folder).files):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert damaged_files(folder) == ([] if name == "README.md" else [name])  # a card may be edited
+        (folder / name).unlink()
+        assert damaged_files(folder) == [name]
+        (folder / name).write_bytes(content)
+    manifest = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(manifest[: len(manifest) // 2])
+    assert damaged_files(folder) == [MANIFEST]
+
+
+def test_what_makes_a_folder_an_adapter_is_written_last(tiny_base: Path, tmp_path: Path) -> None:
+    """Without `adapter_config.json` no tool takes it for an adapter, without the manifest ours does not."""
+    order: list[str] = []
+    replace = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        order.append(Path(target).name)
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", watched)
+        finished.write_finished(tmp_path / "run", tiny_base)
+    assert order[-3:] == ["adapter_model.safetensors", "adapter_config.json", MANIFEST]

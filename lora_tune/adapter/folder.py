@@ -199,6 +199,25 @@ def read_manifest(folder: Path) -> Manifest:
         ) from None
 
 
+def damaged_files(folder: Path) -> list[str]:
+    """The files that are missing or other than the manifest says, or the manifest itself where it is none.
+
+    A card that somebody has edited is not damaged.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except CheckFailed:
+        return [MANIFEST]
+    wrong = []
+    for name, record in manifest.files.items():
+        try:
+            if file_record(folder / name) != record and name != "README.md":
+                wrong.append(name)
+        except OSError:
+            wrong.append(name)
+    return wrong
+
+
 def read_part(folder: Path, name: str) -> Any:
     """The content of one of the folder's JSON files, such as `ledger.json`. Raises: CheckFailed."""
     return read_json(folder / name, max_bytes=_JSON_BYTES)

@@ -33,6 +33,7 @@ from lora_tune.adapter.folder import (
     ScoreRecord,
     TrainingRecord,
     begin_writing,
+    unwritable,
     write_file,
     write_manifest,
 )
@@ -59,6 +60,7 @@ _LIBRARIES = (
     "tokenizers",
 )
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _SECRET_LENGTH = 12  # shorter values (`1`, `true`) stand in many a text
 _TOKENIZER_KEYS = (
     "name_or_path", "_name_or_path", "_commit_hash", "auto_map", "backend", "cache_dir", "is_local", "local_files_only",
@@ -133,8 +135,14 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
     Raises: UsageError where the disk refuses.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        try:
+            tokenizer.save_pretrained(scratch)
+        except Exception as error:  # the tokenizers library has no class of its own for a disk that refuses
+            number = _OS_ERROR.search(str(error))
+            if number is None:
+                raise
+            raise unwritable(Path(scratch), OSError(int(number[1]), os.strerror(int(number[1])))) from None
         for path in sorted(Path(scratch).iterdir()):
             if path.name == "tokenizer_config.json":
                 content = json.loads(path.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from lora_tune.disk import disk_text
 from lora_tune.errors import Problem, UsageError
 from lora_tune.model.methods import adapter_state, load_adapter_state
 from lora_tune.training import checkpoint, state
@@ -35,7 +36,8 @@ class RunFacts:
     (`--allow-change`); `resolved` holds values fixed at the start of the run; it and the identity stand in every
     checkpoint. `groups` makes the optimizer's parameter groups (LoRA+). `sources` names the data sources by number for
     messages about rows; `report` gets lines worth reading, such as a checkpoint that was not written.
-    `clock` gives the seconds that a time budget counts.
+    `clock` gives the seconds that a time budget counts. `short` is told of memory that did not suffice: the GiB that
+    were wanted at least, the micro-batch, and the tokens in its longest one.
     """
 
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class RunFacts:
     trackers: Sequence[TrainerCallback] = ()
     report: Callable[[str], None] = print
     clock: Callable[[], float] = time.monotonic
+    short: Callable[[float, int, int], None] | None = None
 
 
 class ResumableTrainer(Trainer):
@@ -68,10 +71,13 @@ class ResumableTrainer(Trainer):
         if self.saved_step == step:
             return
         require_finite(self.model, step=step)
+        folder = Path(self.args.output_dir)
         try:
-            checkpoint.save(Path(self.args.output_dir), step, self._files(), keep=self.keep_checkpoints)
+            checkpoint.save(folder, step, self._files(), keep=self.keep_checkpoints)
         except OSError as error:
-            self.facts.report(f"checkpoint of step {step} was not written, training goes on: {error}")
+            needed = state.training_bytes(self.model, self.optimizer)
+            reason = disk_text(error, folder / checkpoint.FOLDER, needed=needed)
+            self.facts.report(f"checkpoint of step {step} was not written, training goes on: {reason}")
             return
         self.saved_step = step
 

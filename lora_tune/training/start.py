@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from lora_tune.adapter.claim import Mode
-from lora_tune.adapter.folder import MANIFEST
-from lora_tune.errors import CheckFailed
+from lora_tune.adapter.folder import MANIFEST, damaged_files
+from lora_tune.errors import CheckFailed, Problem, UsageError
 from lora_tune.training.checkpoint import Checkpoint, newest
 from lora_tune.training.identity import check_identity, differences
 
@@ -33,8 +34,8 @@ def find_start(
 ) -> Start:
     """Look at what the claimed run folder holds, before anything large is loaded.
 
-    A finished run goes on where an allowed change, such as more steps, leaves it something to do; it then counts as
-    unfinished again.
+    A finished run goes on where an allowed change, such as more steps, leaves it something to do, and so does one of
+    whose files one is damaged.
 
     Raises:
         UsageError: the run was started with another recipe, data, base or version; every difference is named.
@@ -42,7 +43,8 @@ def find_start(
     """
     if mode != "resume":
         return Start(mode, identity)
-    finished = (folder / MANIFEST).exists()
+    damaged = damaged_files(folder) if (folder / MANIFEST).exists() else [MANIFEST]
+    finished = not damaged
     try:
         found = newest(folder, report=report)
     except CheckFailed:
@@ -52,8 +54,23 @@ def find_start(
     if found is not None:
         check_identity(found.run["identity"], identity, allowed=allowed)
         finished = finished and not differences(found.run["identity"], identity)
-    elif not finished:
+    if damaged and (folder / MANIFEST).exists():
+        if found is None:
+            reason = f"{damaged[0]} is damaged, and no checkpoint is there to write it again from"
+            raise CheckFailed(Problem(reason, "start again with --overwrite", str(folder)))
+        report(f"{damaged[0]} is damaged: the folder is written again from the newest checkpoint")
+    elif found is None and not finished:
         report("there is no checkpoint yet: training starts at step 0")
-    if not finished:
-        (folder / MANIFEST).unlink(missing_ok=True)
+    if found is not None and not finished:
+        _refuse_fewer_steps(found, identity)
     return Start(mode, identity, allowed, found, finished)
+
+
+def _refuse_fewer_steps(found: Checkpoint, identity: Mapping[str, Any]) -> None:
+    train = identity.get("train", {})
+    if train.get("budget") or not train:
+        return
+    total = train["max_steps"] or ceil(train["epochs"] * found.run["steps"]["steps_per_epoch"])
+    if total < found.step:
+        reason = f"{total} steps are asked for, but the checkpoint has {found.step} behind it"
+        raise UsageError(Problem(reason, "ask for more, or start a new run", key="train.max_steps"))

@@ -107,6 +107,12 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the trained parameters and of the optimizer's state: nearly all of a checkpoint."""
+    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    return sum(tensor.nbytes for tensor in (*trainable_tensors(model).values(), *states))
+
+
 def set_trainable_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put back what `trainable_tensors` gave: same names, shapes and dtypes.
 

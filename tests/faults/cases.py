@@ -78,6 +78,12 @@ class Reference:
         ends = [number for number, path in enumerate(paths, 1) if path.startswith(last)]
         return range(starts[0], ends[-1] + 1)
 
+    @property
+    def second_save(self) -> int:
+        """The step of the second checkpoint."""
+        saved = {path.split("/")[2] for _, path in self.operations if path.startswith("out/checkpoints/step-")}
+        return sorted(int(name.removeprefix("step-")) for name in saved)[1]
+
     def save(self, step: int) -> range:
         """The operations of the checkpoint of a step: from making its folder to the rename and the sync after it."""
         staged = self.between(f"out/checkpoints/.writing-step-{step:08d}", f"out/checkpoints/step-{step:08d}")
@@ -92,8 +98,8 @@ class Grid:
     folder: Path
     servers: dict[str, Server] = field(default_factory=dict)
     references: dict[str, Reference] = field(default_factory=dict)
-    keep: bool = False
-    """Whether the folders of cases stay."""
+    keep: Path | None = None
+    """Where the folders of lost cases are kept."""
 
     def __enter__(self) -> Grid:
         return self
@@ -147,7 +153,8 @@ class Grid:
             attempts.append(self._run(case, folder, RESUME, None))
         lost = judge(case, attempts, result(folder), reference.result)
         if lost and self.keep:
-            shutil.copytree(folder, self.folder / "lost" / case.key.replace("/", "_").replace(" ", "_"), symlinks=True)
+            kept = self.keep / case.key.replace("/", "_").replace(" ", "_")
+            shutil.copytree(folder, kept, symlinks=True, dirs_exist_ok=True)
         codes = tuple(attempt.code for attempt in attempts)
         return Verdict(case, codes, time.monotonic() - began, lost, stopped)
 
@@ -309,6 +316,28 @@ def damages() -> Iterator[Case]:
     for file in FILES:
         for kind in DAMAGES:
             yield Case("damaged checkpoint", f"{file}: {kind}", NF4, damage=(file, kind))
+
+
+def processes(reference: Reference) -> Iterator[Case]:
+    """The same faults on processes of their own: no fork, nothing warm, the proof in a fresh process."""
+    group = "as processes of their own"
+    named = {
+        "in the second save": reference.save(4).start + 30,
+        "at the rename of the third": reference.save(6).stop - 2,
+        "while the oldest is deleted": reference.save(6).stop + 3,
+        "when the adapter was renamed": reference.operations.index(("rename", "out/adapter_model.safetensors")) + 2,
+        "before the manifest": len(reference.operations) - 1,
+    }
+    for where, number in named.items():
+        yield Case(group, f"kill -9 {where}", NF4, (Fault("kill_mid", number),), server="process")
+    for after in (2.0, 7.0, 9.0, 11.0):
+        yield Case(group, f"kill -9 after {after} s", NF4, (Fault(kill_after_s=after),), server="process")
+    for name, number in SIGNALS.items():
+        fault = Fault("kill_before", reference.save(4).start, signal={"number": number})
+        yield Case(group, f"{name} in the second save", NF4, (fault,), server="process")
+    for kind in ("ENOSPC", "EIO"):
+        fault = Fault("fail_from", reference.save(4).start + 5, errno=_FULL[kind])
+        yield Case(group, f"{kind} from the second save on", NF4, (fault,), server="process")
 
 
 SIGNALS = {name: int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -23,6 +23,7 @@ from lora_tune.recipe import Recipe, Train
 from lora_tune.recipe_file import RecipeFile, read_recipe
 from lora_tune.terminal import activity, messages, print_json, print_problems, results, resumable, run_app
 from lora_tune.training.identity import check_allowed
+from lora_tune.training.planned import Planned
 from lora_tune.training.room import free_room, take_room
 from lora_tune.training.start import Start, find_start
 
@@ -39,7 +40,12 @@ app = typer.Typer(help="Train one adapter from one recipe.", add_completion=Fals
 
 
 def run(
-    file: RecipeFile, *, mode: Mode = "new", allowed: Sequence[str] = (), trust_remote_code: str | None = None
+    file: RecipeFile,
+    *,
+    mode: Mode = "new",
+    allowed: Sequence[str] = (),
+    preflight: Literal["on", "off"] = "on",
+    trust_remote_code: str | None = None,
 ) -> tuple[Manifest, Comparison | None]:
     """From a recipe to a proven adapter folder; returns its manifest, and base against adapter on held-out rows.
 
@@ -59,7 +65,8 @@ def run(
         source = find_base(recipe.base, trust_remote_code=trust_remote_code)
         _report(file, [*file.warnings, *check_against_base(source, lora=recipe.lora, train=recipe.train)])
         # 2. Every row is read, checked and split; then tokens, loss mask and packing, with an account of all of it.
-        chat, prepared = _prepare(recipe, source, trust_remote_code=trust_remote_code)
+        with file.locating():
+            chat, prepared = _prepare(recipe, source, trust_remote_code=trust_remote_code)
         # 3. Where it starts; what is at `auto` is decided once, to fit into memory; room on the disk is set aside.
         start = _find_start(recipe, source, prepared, chat=chat, mode=mode, allowed=allowed)
         if start.finished:
@@ -70,10 +77,13 @@ def run(
         # 4. The frozen base, with a trainable adapter on it.
         model = _load(recipe, source, prepared, trust_remote_code=trust_remote_code)
         chat.align(model)
-        # 5. Training, with checkpoints, a live display and metrics.jsonl.
-        _train(model, recipe, prepared, chat=chat, start=start)
+        # 5. The largest of everything is tried once; then training, with checkpoints, a live display and metrics.jsonl.
+        with activity("training", display="own"):
+            planned = Planned(source.config, recipe.base, recipe.lora, recipe.train, preflight)
+            _train(model, recipe, prepared, chat=chat, start=start, planned=planned)
         # 6. Base against adapter on the same held-out rows.
-        comparison = _compare(model, recipe, prepared, chat=chat)
+        with activity("comparing base and adapter", display="own"):
+            comparison = _compare(model, recipe, prepared, chat=chat)
         # 7. The adapter folder: weights, tokenizer, template, recipe, ledger, test vectors, report, card, manifest.
         manifest = _write(folder, recipe, source, prepared, chat=chat, model=model, comparison=comparison)
     # 8. Proof: another process loads the folder on the base and replays the test vectors.
@@ -182,9 +192,12 @@ def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remot
     return model
 
 
-def _train(model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: ChatTemplate, start: Start) -> None:
+def _train(
+    model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: ChatTemplate, start: Start, planned: Planned
+) -> None:
     """Train, or go on from the newest checkpoint; writes `metrics.jsonl` and `loss.png`."""
     from lora_tune.model.methods import parameter_groups
+    from lora_tune.training.preflight import check_before_training
     from lora_tune.training.progress import TrainingDisplay, draw_loss, tracker_callbacks
     from lora_tune.training.resume import RunFacts
     from lora_tune.training.trainer import build
@@ -199,11 +212,14 @@ def _train(model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: ChatTe
         display=TrainingDisplay(folder),
         trackers=tracker_callbacks(recipe.track, folder=folder),
         report=messages().print,
+        short=planned.short,
     )
     evaluation = _evaluation(recipe, prepared, chat) if recipe.eval.every else None
     trainer = build(
         model, prepared.train, train=train, evaluation=evaluation, seed=recipe.seed, folder=folder, chat=chat
     ).for_run(facts)
+    if planned.preflight == "on" and start.found is None:
+        check_before_training(trainer, planned, chat=chat, held_out=prepared.held_out_rows)
     trainer.train(resume_from_checkpoint=str(start.found.folder) if start.found else None)
     try:
         draw_loss(folder / "metrics.jsonl", folder / "loss.png")
@@ -214,23 +230,23 @@ def _train(model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: ChatTe
 def _evaluation(recipe: Recipe, prepared: Prepared, chat: ChatTemplate) -> Evaluation:
     """What is measured every `eval.every` steps: the held-out loss, and a few answers."""
     from lora_tune.evaluation.evaluate import adapter_scores, sample_answers
+    from lora_tune.evaluation.fit import fitting
     from lora_tune.training.evaluations import Evaluation
 
+    watched = prepared.watched(recipe.eval.hold_out_tasks)
     return Evaluation(
         every=recipe.eval.every or 1,
         measure=partial(
             adapter_scores,
             chat=chat,
-            held_out=(prepared.held_out, prepared.held_out_rows),
-            metrics=tuple(dict.fromkeys(("loss", *recipe.metrics))),
+            held_out=watched,
+            metrics=fitting(watched, ("loss", *recipe.metrics), evaluation=recipe.eval, seed=recipe.seed),
             evaluation=recipe.eval,
             seed=recipe.seed,
         ),
         keep="best" if recipe.eval.keep_best else "last",
         stop_after=recipe.eval.stop_after,
-        answer=partial(
-            sample_answers, chat=chat, conversations=prepared.held_out, evaluation=recipe.eval, seed=recipe.seed
-        ),
+        answer=partial(sample_answers, chat=chat, conversations=watched[0], evaluation=recipe.eval, seed=recipe.seed),
     )
 
 
@@ -321,6 +337,9 @@ def command(
     trust_remote_code: Annotated[
         str | None, typer.Option(metavar="REPO", help="Run the code that comes with this base; name its repository.")
     ] = None,
+    no_preflight: Annotated[
+        bool, typer.Option("--no-preflight", help="Start training without trying its largest parts first.")
+    ] = False,
     allow_change: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY", help="With --resume: this key may have changed, such as train.max_steps."),
@@ -336,11 +355,16 @@ def command(
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
     file = read_recipe(recipe, overrides=overrides or ())
     with resumable(Path(file.recipe.output)):
+        preflight: Literal["on", "off"] = "off" if no_preflight else "on"
+        allowed = allow_change or ()
         manifest, comparison = run(
-            file, mode=mode, allowed=allow_change or (), trust_remote_code=trust_remote_code
+            file, mode=mode, allowed=allowed, preflight=preflight, trust_remote_code=trust_remote_code
         )
     if as_json:
+        from lora_tune.evaluation.spread import tasks_as_json
+
         facts = manifest.model_dump(mode="json", include={"base", "training", "scores"})
+        facts["tasks"] = tasks_as_json(comparison) if comparison else {}
         print_json({"exit_code": 0, "output": file.recipe.output, **facts})
     else:
         _show(file.recipe.output, manifest, comparison)
@@ -349,6 +373,7 @@ def command(
 def _show(output: str, manifest: Manifest, comparison: Comparison | None) -> None:
     """The result as a person reads it: answers before and after, scores, where the adapter is."""
     from lora_tune.evaluation.report import samples_table, scores_table
+    from lora_tune.evaluation.spread import templates_table
 
     console = results()
     if comparison is None:
@@ -358,6 +383,8 @@ def _show(output: str, manifest: Manifest, comparison: Comparison | None) -> Non
         console.print(samples_table(comparison.samples), soft_wrap=False)
     if comparison.scores:
         console.print(scores_table(comparison.scores), soft_wrap=False)
+    if comparison.templates:
+        console.print(templates_table(comparison), soft_wrap=False)
     training = manifest.training
     speed = (training.tokens or 0) / max(training.seconds or 0.0, 1e-9)
     console.print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_tune.adapter.claim import RESERVE, remove_older_run
-from lora_tune.adapter.folder import CHECKPOINTS
+from lora_tune.adapter.folder import CHECKPOINTS, MANIFEST
 from lora_tune.disk import disk_text, free_bytes, give_back, make_reserve, size_text, tree_bytes
 from lora_tune.errors import Problem, ResourceError
 from lora_tune.model.memory import trainable_parameters
@@ -58,6 +58,7 @@ def take_room(folder: Path, recipe: Recipe, source: BaseSource, *, start: Start)
     if start.mode == "overwrite":
         remove_older_run(folder)
     try:
+        (folder / MANIFEST).unlink(missing_ok=True)  # a finished run that goes on counts as unfinished
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         make_reserve(folder / CHECKPOINTS / RESERVE, final)
     except OSError as error:

@@ -157,6 +157,10 @@ def many(tasks: int = 60, count: int = 30_000) -> ReportFacts:
         name: {"exact_match": score(0.2, 0.2 + (n % 7 - 2) / 10), "rouge_l": score(0.3, 0.5)}
         for n, name in enumerate(names)
     }
+    by_template = {
+        name: {f"template {t}": {"exact_match": score(0.2 + 0.02 * t, 0.3 + 0.05 * t * (n % 3))} for t in range(5)}
+        for n, name in enumerate(names)
+    }
     rows = [
         row(number, task=names[number % tasks], template=f"template {number % 5}") for number in range(1, 8 * tasks + 1)
     ]
@@ -164,7 +168,7 @@ def many(tasks: int = 60, count: int = 30_000) -> ReportFacts:
     return replace(
         facts,
         ledger=ledger([f"{name}.jsonl" for name in names]),
-        comparison=replace(facts.comparison, tasks=by_task, rows=tuple(rows)),
+        comparison=replace(facts.comparison, tasks=by_task, rows=tuple(rows), templates=by_template),
         steps=steps(count, every=40),
         energy_wh=123.4,
     )
@@ -190,6 +194,7 @@ def hostile() -> ReportFacts:
             scores={NASTY: score(0.1, 0.2), LONG: score(3.0, 1.0, direction="lower")},
             tasks={NASTY: {NASTY: score(0.1, 0.2)}, LONG: {NASTY: score(0.2, 0.1)}},
             rows=rows,
+            templates={NASTY: {f"{NASTY}{n}": {NASTY: score(0.1, 0.1 * n)} for n in range(4)}},
         ),
         recipe=NASTY + LONG,
         libraries={NASTY: LONG},

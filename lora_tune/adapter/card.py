@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any, Literal
 
 from lora_tune.adapter.folder import Manifest
 from lora_tune.model.source import BaseSource
 from lora_tune.recipe import Recipe
-from lora_tune.recipe_values import SHARE
 
 _LICENSE_UNKNOWN = "Unknown: the base names none here. Look up the licences of base and data before sharing."
-_FOLDER = "path/to/this/folder"
+_FOLDER, _RECIPE = "path/to/this/folder", "path/to/the/recipe.yaml"
 _MOST_SAMPLE = 2000  # characters of one text
 
 
@@ -38,7 +36,7 @@ def model_card(
     source: BaseSource,
 ) -> str:
     """The whole card as Markdown with YAML in front. `config` is the content of adapter_config.json."""
-    license_name, commands = base_license(source), repeat_commands(recipe.eval.hold_out)
+    license_name, commands = base_license(source), repeat_commands(source.kind)
     parts = [
         _metadata(manifest, license_name=license_name),
         f"# {name}\n\n{_summary(manifest, config)}",
@@ -47,7 +45,7 @@ def model_card(
         _loading(manifest, _new_rows(config, source)),
         _data(manifest, commands),
         _training(manifest, recipe, config, commands),
-        _verification(manifest),
+        _verification(commands["vectors"]),
         f"## Licence\n\n{license_name + ', from the base.' if license_name else _LICENSE_UNKNOWN}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -106,27 +104,24 @@ def _held(manifest: Manifest) -> str:
     return held_in(base.quantize, compute_dtype=base.compute_dtype, double="on" if base.double_quant else "off")
 
 
-def repeat_commands(hold_out: int | str) -> dict[str, str]:
-    """The command that makes the numbers of a section again, by section of card and report.
+def repeat_commands(base: Literal["hub", "builtin", "local"]) -> dict[str, str]:
+    """The command that makes the numbers of a section again, by section of card and report; `base`: where it is from.
 
-    `hold_out` is that of the recipe: rows of a file are evaluated from that file, a share of the training data is held
-    out again by the recipe with its seed.
+    Scores come from the folder itself, called where the data lies; what training did from the recipe, with its seed.
     """
-    recipe = "path/to/the/recipe.yaml"
-    from_file = isinstance(hold_out, str) and not SHARE.fullmatch(hold_out)
-    scores = f"{_FOLDER} --data {PurePath(str(hold_out)).name}" if from_file else recipe
-    again, data = f"lora-tune run {recipe}", f"lora-tune preview {recipe} --json"
+    where = {"hub": "", "builtin": "", "local": "path/to/the/base"}[base]
+    evaluate = f"lora-tune eval {_FOLDER}" + (f" base.name={where}" if where else "")
+    again = f"lora-tune run {_RECIPE}"
     return {
-        **dict.fromkeys(("scores", "tasks", "samples"), f"lora-tune eval {scores}"),
-        **dict.fromkeys(("training", "curves", "hard", "overlap"), again),
-        "cost": again,
-        "data": data,
-        "vectors": f"lora-tune adapters verify {_FOLDER}",
+        **dict.fromkeys(("scores", "tasks", "samples"), evaluate),
+        **dict.fromkeys(("training", "curves", "hard", "overlap", "cost"), again),
+        "data": f"lora-tune preview {_RECIPE} --json",
+        "vectors": f"lora-tune adapters verify {_FOLDER}" + (f" --base {where}" if where else ""),
     }
 
 
-def _again(text: str) -> str:
-    return f"Made again by `{text}`."
+def _again(command: str, *, where: str = "") -> str:
+    return f"Made again by `{command}`{', called ' + where if where else ''}."
 
 
 def _scores(manifest: Manifest, commands: Mapping[str, str]) -> str:
@@ -144,7 +139,7 @@ def _scores(manifest: Manifest, commands: Mapping[str, str]) -> str:
     ]
     table = _table(("metric", "base", "adapter", "difference [95 % interval]", "held-out rows"), rows)
     intro = "Base and adapter on the same held-out rows, paired bootstrap; `report.html` shows them row by row."
-    return f"## Scores\n\n{intro}\n\n{table}\n\n{_again(commands['scores'])}"
+    return f"## Scores\n\n{intro}\n\n{table}\n\n{_again(commands['scores'], where='where the data lies')}"
 
 
 def _samples(samples: Sequence[Sample]) -> str:
@@ -245,12 +240,11 @@ def _training(manifest: Manifest, recipe: Recipe, config: Mapping[str, Any], com
     return f"## Training\n\n{intro}\n\n{table}\n\n{_again(commands['training'])}\n\n![loss](loss.png)"
 
 
-def _verification(manifest: Manifest) -> str:
-    base = " --base path/to/the/base" if manifest.base.kind == "local" else ""
+def _verification(command: str) -> str:
     return (
         "## Verified\n\n`manifest.json` has the sha256 of every file and the fingerprint of the base; "
         "`test_vectors.json` has log-probabilities of base and adapter, which\n\n```\n"
-        f"lora-tune adapters verify path/to/this/folder{base}\n"
+        f"{command}\n"
         "```\n\nreplays on your machine: it shows that base, chat template and adapter really loaded, at the scale of "
         "training."
     )

@@ -32,7 +32,7 @@ _WIDTH_IN = 5.0
 _LABEL_UNITS = 335  # width of a label, in letters of 10 units
 _COLOURS = {
     name: f"#0{number:x}f0f{number:x}"
-    for number, name in enumerate(("ink", "soft", "line", "paper", "base", "adapter", "better", "worse", "held"), 1)
+    for number, name in enumerate(("ink", "soft", "line", "card", "base", "adapter", "better", "worse", "held"), 1)
 }
 Verdict = Literal["better", "worse", "same"]
 
@@ -56,6 +56,15 @@ class Strip:
     high: float
     verdict: Verdict
     base: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Cloud:
+    """The scores of one task's templates, by side."""
+
+    label: str
+    base: Sequence[float]
+    adapter: Sequence[float]
 
 
 def curve(
@@ -100,7 +109,7 @@ def scores_picture(title: str, strips: Sequence[Strip], *, name: str, bounds: tu
         if strip.base is not None:
             axes.plot([strip.base, strip.value], [y, y], color=_COLOURS["line"], linewidth=2.5, zorder=1)
             axes.plot(strip.base, y, "o", markersize=8, markeredgewidth=1.8, zorder=4,
-                      markerfacecolor=_COLOURS["paper"], markeredgecolor=_COLOURS["base"])  # fmt: skip
+                      markerfacecolor=_COLOURS["card"], markeredgecolor=_COLOURS["base"])  # fmt: skip
         _interval(axes, strip, y)
     if bounds is not None:
         room = 0.03 * (bounds[1] - bounds[0])
@@ -123,6 +132,26 @@ def differences_picture(title: str, strips: Sequence[Strip], *, name: str) -> Pi
         f"{title}: of {len(strips)}, {counts['better']} better, {counts['worse']} worse, {counts['same']} undecided."
     )
     return Picture(title, about, _svg(figure, name=name, label=about))
+
+
+def clouds_picture(title: str, clouds: Sequence[Cloud], *, name: str) -> Picture:
+    """The scores of many templates as dots, base (hollow) above adapter, with a stroke at each median."""
+    figure, axes = _strip_axes(len(clouds))
+    for place, cloud in enumerate(clouds):
+        for values, colour, y in ((cloud.base, "base", -place + 0.1), (cloud.adapter, "adapter", -place - 0.16)):
+            face = _COLOURS["card"] if colour == "base" else _COLOURS[colour]
+            axes.plot(values, [y] * len(values), "o", markersize=5, markerfacecolor=face, markeredgewidth=1.3,
+                      markeredgecolor=_COLOURS[colour])  # fmt: skip
+            middle = float(np.median(values))
+            axes.plot([middle, middle], [y - 0.13, y + 0.13], color=_COLOURS["ink"], linewidth=1.8, zorder=5)
+        _label(axes, cloud.label, -place + 0.08)
+    words = [
+        f"{cloud.label[:LABEL_LETTERS]}: median of the base {number_text(float(np.median(cloud.base)))}, "
+        f"of the adapter {number_text(float(np.median(cloud.adapter)))}."
+        for cloud in clouds[:12]
+    ]
+    about = f"{title[:LABEL_LETTERS]} of every template. {' '.join(words)}"
+    return Picture(f"{title}, a dot a template", about, _svg(figure, name=name, label=about))
 
 
 def histogram(title: str, values: Sequence[float], *, name: str, marked: float) -> Picture | None:
@@ -202,7 +231,12 @@ def _interval(axes: Axes, strip: Strip, y: float) -> None:
     for end in (strip.low, strip.high):
         axes.plot([end, end], [y - 0.13, y + 0.13], color=colour, linewidth=1.6, zorder=2)
     axes.plot(strip.value, y, "o", color=colour, markersize=7, zorder=3)
-    shown = _fitting(strip.label).replace("$", r"\$")  # else matplotlib reads mathematics
+    _label(axes, strip.label, y)
+
+
+def _label(axes: Axes, text: str, y: float) -> None:
+    """A row's label above it, at the left edge."""
+    shown = _fitting(text).replace("$", r"\$")  # else matplotlib reads mathematics
     axes.text(0, y + 0.3, shown, transform=axes.get_yaxis_transform(), fontsize=10, color=_COLOURS["ink"], va="bottom")
 
 

@@ -42,7 +42,7 @@ def facts_of_run(
         libraries=library_versions(),
         seed=run.recipe.seed,
         hard=hard,
-        commands=repeat_commands(run.recipe.eval.hold_out),
+        commands=repeat_commands(run.source.kind),
     )
 
 
@@ -67,7 +67,7 @@ def facts_of_folder(
         recipe=(folder / "recipe.yaml").read_text(encoding="utf-8", errors="replace"),
         libraries=manifest.libraries,
         seed=manifest.seed,
-        commands={**repeat_commands(0), **dict.fromkeys(("scores", "tasks", "samples"), command)},
+        commands={**repeat_commands(base.kind), **dict.fromkeys(("scores", "tasks", "samples"), command)},
     )
 
 

@@ -21,8 +21,10 @@ from lora_tune.adapter.write import without_secrets
 from lora_tune.evaluation.hard_rows import HardRows
 from lora_tune.evaluation.metrics import METRICS
 from lora_tune.evaluation.pictures import (
+    Cloud,
     Picture,
     Strip,
+    clouds_picture,
     curve,
     differences_picture,
     histogram,
@@ -46,6 +48,7 @@ from lora_tune.evaluation.report_tables import (
 )
 from lora_tune.evaluation.scores import Comparison, Score
 from lora_tune.evaluation.side_by_side import side_by_side
+from lora_tune.evaluation.spread import spreads
 from lora_tune.terminal import number_text, printable
 
 REPORT = "report.html"
@@ -113,7 +116,8 @@ def report_page(facts: ReportFacts) -> str:
         longest=comparison.max_new_tokens,
         task_pictures=_task_pictures(comparison.tasks),
         tasks=tasks_table(comparison.tasks) if comparison.tasks else None,
-        templates=templates_table(comparison.rows),
+        templates=templates_table(comparison),
+        template_pictures=_template_pictures(comparison),
         samples=side_by_side(comparison, seed=facts.seed),
         curves=[picture for picture in _curves(facts.steps) if picture],
         ledger=ledger_table(facts.ledger),
@@ -206,6 +210,20 @@ def _task_pictures(tasks: Mapping[str, Mapping[str, Score]]) -> list[Picture]:
         ]
         of = f" (the {_MOST_STRIPS} largest of {len(found)})" if len(found) > _MOST_STRIPS else ""
         pictures.append(differences_picture(f"{_clean(metric)}: adapter − base{of}", strips, name=f"task{number}"))
+    return pictures
+
+
+def _template_pictures(comparison: Comparison) -> list[Picture]:
+    """The scores of every template of the tasks that have several, a picture for each of the first metrics."""
+    metrics = list(dict.fromkeys(name for found in spreads(comparison).values() for name in found))
+    pictures = []
+    for number, metric in enumerate(metrics[:_MOST_TASK_PICTURES]):
+        clouds = []
+        for task, templates in comparison.templates.items():
+            found = [scores[metric] for scores in templates.values() if metric in scores]
+            if len(found) > 1:
+                clouds.append(Cloud(_clean(task), [one.base for one in found], [one.adapter for one in found]))
+        pictures.append(clouds_picture(_clean(metric), clouds[:_MOST_STRIPS], name=f"template{number}"))
     return pictures
 
 

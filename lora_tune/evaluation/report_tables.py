@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_tune.adapter.folder import DataRecord, TrainingRecord
 from lora_tune.evaluation.pictures import Verdict
-from lora_tune.evaluation.scores import RowScore, Score
+from lora_tune.evaluation.scores import Comparison, Score
+from lora_tune.evaluation.spread import spreads
 from lora_tune.terminal import number_text
 
 MOST_LINES = 200  # of a table
@@ -69,25 +69,22 @@ def tasks_table(tasks: Mapping[str, Mapping[str, Score]]) -> Table:
     return table(header, lines)
 
 
-def templates_table(rows: Sequence[RowScore]) -> Table | None:
-    """Median and spread of base and adapter over the templates of each task; None without a task of two templates.
-
-    A template's score is the mean over its rows; as T0 reports it (Sanh et al. 2022, arXiv 2110.08207, figure 4).
-    """
-    found: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
-    for row in rows:
-        for metric, pair in row.metrics.items():
-            found.setdefault((row.task, metric), {}).setdefault(row.template, []).append(pair)
-    lines = []
-    for (task, metric), templates in found.items():
-        if len(templates) < 2:
-            continue
-        base, adapter = (
-            [statistics.fmean(pair[side] for pair in pairs) for pairs in templates.values()] for side in (0, 1)
+def templates_table(comparison: Comparison) -> Table | None:
+    """Median and quartiles of base and adapter over the templates of a task; None where none has two templates."""
+    lines = [
+        (
+            task,
+            f"{name} {_ARROWS[one.direction]}",
+            one.templates,
+            *_spread(one.base, one.base_quartiles),
+            *_spread(one.adapter, one.adapter_quartiles),
+            f"{one.better} better, {one.worse} worse",
         )
-        lines.append((task or "–", metric, len(templates), *_spread(base), *_spread(adapter)))
-    header = ("task", "metric", "templates", "base, median", "base, spread", "adapter, median", "adapter, spread")
-    return table(header, lines) if lines else None
+        for task, found in spreads(comparison).items()
+        for name, one in found.items()
+    ]
+    header = ("task", "metric", "templates", "base, median", "base, quartiles", "adapter, median", "adapter, quartiles")
+    return table((*header, "templates that moved"), lines) if lines else None
 
 
 def ledger_table(ledger: Mapping[str, Any]) -> Table:
@@ -207,5 +204,5 @@ def _numbers(score: Score) -> tuple[Cell, ...]:
     )
 
 
-def _spread(values: Sequence[float]) -> tuple[Cell, Cell]:
-    return Cell(f"{statistics.median(values):.4f}"), Cell(f"{min(values):.4f} … {max(values):.4f}")
+def _spread(median: float, quartiles: tuple[float, float]) -> tuple[Cell, Cell]:
+    return Cell(f"{median:.4f}"), Cell(f"{quartiles[0]:.4f} … {quartiles[1]:.4f}")

@@ -15,6 +15,8 @@ from lora_tune.terminal import print_json, print_problems, run_app
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("lora_tune.run", "Train one adapter from one recipe."),
     "preview": ("lora_tune.preview", "Show the rows as they will be trained: tokens, loss mask, ledger."),
+    "eval": ("lora_tune.eval", "Base against adapter on the same rows, with intervals."),
+    "generate": ("lora_tune.generate", "Answer a file of prompts, in batches."),
     "adapters": ("lora_tune.adapters", "Look at adapter folders and verify them."),
     "merge": ("lora_tune.merge", "Fold an adapter into its base and prove it."),
     "export": ("lora_tune.export", "Write an adapter in the layout of another engine."),

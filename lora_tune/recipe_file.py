@@ -87,6 +87,25 @@ def read_recipe(path: Path, *, overrides: Sequence[str] = ()) -> RecipeFile:
     return RecipeFile(recipe=recipe, path=path, text=text, overrides=tuple(overrides), warnings=placed, tree=tree)
 
 
+def read_stored_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of an adapter folder, whose local files are named without their folders and need not be at hand.
+
+    Raises: as `read_recipe`.
+    """
+    tree, problems = parse(read_text(path), origin=str(path))
+    if tree is None or not isinstance(tree.value, dict):
+        raise RecipeError(Problem("the recipe must be a mapping", "write the folder again", file=str(path)))
+    problems += _apply(tree, overrides)
+    try:
+        recipe = Recipe.model_validate(tree.plain())
+    except ValidationError as error:
+        problems += [_located(problem, tree, str(path)) for problem in problems_of(error)]
+        raise RecipeError(_in_order(problems, str(path))) from None
+    if problems:
+        raise RecipeError(_in_order(problems, str(path)))
+    return recipe
+
+
 def read_text(path: Path) -> str:
     """The text of a recipe file, without a byte order mark.
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
-_ORDER = 4  # BLEU's n-grams
+ORDER = 4  # BLEU's n-grams; over shorter texts alone it is 0, whatever they say
 _CHARACTERS = 6  # chrF's n-grams
 _BETA = 2.0
 
@@ -34,7 +34,7 @@ def bleu_row(answer: str, references: Sequence[str]) -> float:
 def bleu_of(sums: np.ndarray) -> np.ndarray:
     """BLEU (...) of summed counts (..., 10), smoothed as sacrebleu does by default ("exp", Chen & Cherry 2014)."""
     answer, reference = sums[..., 0], sums[..., 1]
-    matches, totals = sums[..., 2 : 2 + _ORDER], sums[..., 2 + _ORDER :]
+    matches, totals = sums[..., 2 : 2 + ORDER], sums[..., 2 + ORDER :]
     missed = (matches == 0) & (totals > 0)
     halvings = np.cumsum(missed, axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -20,9 +21,9 @@ _NOTE = "↑ higher is better, ↓ lower is better; paired bootstrap interval of
 _FEW = 30  # rows below which a percentile interval is too narrow to be relied on
 
 
-def scores_table(scores: dict[str, Score]) -> Table:
+def scores_table(scores: Mapping[str, Score], *, title: str = "base against adapter") -> Table:
     """The scores as a table; a difference whose interval excludes 0 is green where better, red where worse."""
-    table = Table(title="base against adapter", title_justify="left", caption=_note(scores), caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=_note(scores), caption_justify="left", box=SIMPLE_HEAD)
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for name, score in scores.items():
@@ -55,14 +56,20 @@ def verdict(score: Score) -> str:
     return "better" if rose == (score.direction == "higher") else "worse"
 
 
-def _note(scores: dict[str, Score]) -> str:
+def _note(scores: Mapping[str, Score]) -> str:
     few = any(score.rows < _FEW for score in scores.values())
     return f"{_NOTE}; of fewer than {_FEW} rows it is a hint at best" if few else _NOTE
 
 
 def _cells(name: str, score: Score) -> tuple[str, ...]:
-    difference = f"{score.difference:+.4f}"
-    interval = f"{score.low:+.4f} … {score.high:+.4f}"
-    p_value = "< 0.001" if score.p_value < 0.001 else f"{score.p_value:.3f}"
-    sides = f"{score.base:.4f}", f"{score.adapter:.4f}"
+    difference = f"{score.difference:+{_digits(score)}}"
+    interval = f"{score.low:+{_digits(score)}} … {score.high:+{_digits(score)}}"
+    p_value = "<0.001" if score.p_value < 0.001 else f"{score.p_value:.3f}"
+    sides = f"{score.base:{_digits(score)}}", f"{score.adapter:{_digits(score)}}"
     return f"{name} {_ARROWS[score.direction]}", *sides, difference, interval, p_value, str(score.rows)
+
+
+def _digits(score: Score) -> str:
+    """Four digits behind the point, fewer for large numbers."""
+    largest = max(abs(score.base), abs(score.adapter), abs(score.low), abs(score.high))
+    return ".4f" if largest < 10 else ".2f" if largest < 1000 else ".0f"

@@ -31,6 +31,7 @@ from lora_tune.model.source import find_base, load_tokenizer
 from lora_tune.recipe import DataSource, Recipe
 from lora_tune.recipe_file import read_recipe
 from lora_tune.run import _compare, _load, _prepare, _resolve, _train
+from lora_tune.training.planned import Planned
 from lora_tune.training.progress import read_metrics
 from lora_tune.training.start import Start
 
@@ -145,7 +146,8 @@ def trained(recipe: Recipe) -> dict[str, Any]:
     recipe = _resolve(recipe, source, start=Start())
     model = _load(recipe, source, rows_, trust_remote_code=None)
     chat.align(model)
-    _train(model, recipe, rows_, chat=chat, start=Start())
+    planned = Planned(source.config, recipe.base, recipe.lora, recipe.train, "off")
+    _train(model, recipe, rows_, chat=chat, start=Start(), planned=planned)
     lines = read_metrics(folder / "metrics.jsonl")
     layers = [layer.gradient_checkpointing for layer in model.base_model.model.model.layers]
     comparison = _compare(model, recipe, rows_, chat=chat)

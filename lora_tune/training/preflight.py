@@ -23,9 +23,11 @@ import torch
 
 from lora_tune.errors import Problem, ResourceError
 from lora_tune.evaluation.losses import BATCH_TOKENS, row_losses
+from lora_tune.model.device import this_machine
 from lora_tune.model.generation import generate
 from lora_tune.training import checkpoint, state
 from lora_tune.training.batches import IGNORED
+from lora_tune.training.planned import Planned
 from lora_tune.training.replan import Shortage, is_out_of_memory, shortage_of
 
 if TYPE_CHECKING:
@@ -142,6 +144,26 @@ def try_out(trainer: RunTrainer, *, chat: ChatTemplate, held_out: Sequence[Token
         checkpoint_s=written_s,
         seconds=time.perf_counter() - began,
     )
+
+
+def check_before_training(
+    trainer: RunTrainer, planned: Planned, *, chat: ChatTemplate, held_out: Sequence[TokenRow]
+) -> Measured:
+    """Try the run out, report what was measured beside what was planned, and remember it. Raises: ResourceError."""
+    found = try_out(trainer, chat=chat, held_out=held_out)
+    machine = this_machine()
+    plan = planned.at(found.micro_batch_size, tokens=found.tokens, machine=machine)
+    runtime_gib = plan.parts_gib["runtime"] if machine.device == "cuda" else 0.0  # torch does not count it
+    for line in found.lines(plan.peak_gib - runtime_gib):
+        trainer.facts.report(line)
+    planned.remember(
+        max(found.peaks_gib.values()),
+        micro_batch_size=found.micro_batch_size,
+        tokens=found.tokens,
+        step_s=found.step_s,
+        machine=machine,
+    )
+    return found
 
 
 def _in_use_gib() -> float:
@@ -263,8 +285,8 @@ def _named_evaluation(trainer: RunTrainer) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        asked = shortage_of(error, head=trainer.model.get_output_embeddings()).asked
-    reason = f"the longest row does not fit into memory ({Shortage('evaluation', asked)})"
+        asked_gib = shortage_of(error, head=trainer.model.get_output_embeddings()).asked_gib
+    reason = f"the longest row does not fit into memory ({Shortage('evaluation', asked_gib)})"
     raise ResourceError(Problem(reason, "lower train.max_length, or hold out shorter rows", key="eval.hold_out"))
 
 

@@ -43,18 +43,22 @@ FIXES: dict[Part, str] = {
 }
 # What torch, cuBLAS and the CPU's allocator say where they raise a plain RuntimeError.
 _SAID = re.compile(r"out of memory|not enough memory|can't allocate memory|_ALLOC_FAILED", re.IGNORECASE)
-_ASKED = re.compile(r"tried to allocate ([\d.]+ ?(?:bytes|[KMG]iB))", re.IGNORECASE)
+_ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)", re.IGNORECASE)
+_UNITS_GIB = {"bytes": 2**-30, "kib": 2**-20, "mib": 2**-10, "gib": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Shortage:
-    """Memory that was not there: for which part, and how much was asked for ("" where the message does not say)."""
+    """Memory that was not there: for which part, and how much was asked for (0 where the message does not say)."""
 
     part: Part
-    asked: str
+    asked_gib: float = 0.0
 
     def __str__(self) -> str:
-        return f"{WORDS[self.part]}{f', {self.asked} more' if self.asked else ''}"
+        if not self.asked_gib:
+            return WORDS[self.part]
+        mib = 1024 * self.asked_gib
+        return f"{WORDS[self.part]}, {f'{self.asked_gib:.2f} GiB' if mib >= 1024 else f'{mib:.3g} MiB'} more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +83,7 @@ def shortage_of(error: BaseException, *, head: nn.Module) -> Shortage:
     asked = _ASKED.search(str(error))
     parts = (_part_of_frame(frame, head) for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))))
     part = next((part for part in parts if part is not None), "activations")
-    return Shortage(part, asked[1] if asked else "")
+    return Shortage(part, float(asked[1]) * _UNITS_GIB[asked[2].lower()] if asked else 0.0)
 
 
 def _part_of_frame(frame: Any, head: nn.Module) -> Part | None:
@@ -113,6 +117,7 @@ class ReplanningTrainer(ResumableTrainer):
     train_dataset: Any
     data_collator: Any
     replans: list[Replan]
+    row_tokens: list[int]
     _micro_losses: list[Tensor]
     _loaded: Any = None  # the training rows, with the columns that the loader reads
     _step_rows: Sequence[int] = ()
@@ -216,6 +221,10 @@ class ReplanningTrainer(ResumableTrainer):
         )
         if self.facts.display is not None:
             self.facts.display.on_replan(asdict(self.replans[-1]))
+        if self.facts.short is not None:
+            tokens = sum(sorted(self.row_tokens)[-before:])
+            allocated = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+            self.facts.short(allocated + shortage.asked_gib, before, tokens)
 
     def _short(self, shortage: Shortage, *, step: int) -> Problem:
         """What to say where nothing smaller is left, with what of the run is saved."""

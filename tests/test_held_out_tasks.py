@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from lora_tune.cli import main
+from lora_tune.evaluation.bootstrap import paired_interval, paired_p_value
+from lora_tune.evaluation.metrics import mean_of
 from lora_tune.evaluation.scores import Comparison, Score
 from lora_tune.evaluation.spread import spread, spreads
 
@@ -109,3 +111,9 @@ def test_median_and_quartiles_over_templates() -> None:
     assert spreads(Comparison(scores={}, samples=(), templates=one)) == {}
     with pytest.raises(ValueError, match="no template"):
         spread({})
+
+
+def test_one_row_proves_nothing() -> None:
+    base, adapter = mean_of([1.5]), mean_of([0.5])
+    assert paired_p_value(base, adapter, seed=1) == 1.0
+    assert paired_interval(base, adapter, seed=1) == (-1.0, -1.0)

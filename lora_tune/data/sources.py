@@ -56,6 +56,9 @@ class Source:
         `sni_shots`: the files are tasks of Super-NaturalInstructions, of which so many positive examples are shown.
         """
         if self.hub is not None:
+            if sni_shots:
+                fix = "take the task files, or remove data[].shots"
+                raise UsageError(f"data set `{self.name}`: its rows have no positive examples", fix)
             for number, row in enumerate(_hub_rows(self.hub, self.revision), 1):
                 yield self.name, Record(number, row)
             return

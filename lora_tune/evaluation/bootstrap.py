@@ -46,8 +46,8 @@ def paired_p_value(base: RowScores, adapter: RowScores, *, seed: int, resamples:
 
     rows = _rows(base, adapter)
     changes_NK = adapter.sums - base.sums
-    if not changes_NK.any():
-        return 1.0
+    if not changes_NK.any() or rows == 1:
+        return 1.0  # of one row, both ways of swapping are as far from zero
     mean = base.combine is ratio and np.array_equal(base.sums[:, 1], adapter.sums[:, 1])
     if mean and {*base.rows, *adapter.rows} <= {0.0, 1.0} and (base.sums[:, 1] == 1).all():
         gained, lost = int((changes_NK[:, 0] > 0).sum()), int((changes_NK[:, 0] < 0).sum())

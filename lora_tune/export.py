@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-import tempfile
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +20,7 @@ from lora_tune.adapter.folder import (
     write_json,
     write_manifest,
 )
+from lora_tune.adapter.new_folder import new_folder
 from lora_tune.errors import Problem, UsageError
 from lora_tune.terminal import activity, print_json, results, run_app
 
@@ -62,14 +61,7 @@ def export_canonical(folder: Path, output: Path, *, dtype: Dtype) -> dict[str, A
     saved = read_adapter(folder)
     form = canonical(saved, dtype=dtype.value)
     facts = {"to": "canonical", "rank": form.rank, "dtype": dtype.value, "largest_relative_error": form.error}
-    try:
-        output.resolve().parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.resolve().parent)
-    except OSError as error:
-        raise UsageError(Problem(f"cannot be written: {error.strerror}", "name another folder", str(output))) from None
-    with beside:
-        scratch = Path(beside.name) / output.name
-        scratch.mkdir()
+    with new_folder(output) as scratch:
         for name in FILES:
             if name not in (CONFIG, WEIGHTS, MANIFEST) and (folder / name).is_file():
                 shutil.copyfile(folder / name, scratch / name, follow_symlinks=True)
@@ -77,7 +69,6 @@ def export_canonical(folder: Path, output: Path, *, dtype: Dtype) -> dict[str, A
         write_file(scratch, WEIGHTS, save(dict(form.adapter.tensors), {"format": "pt"}))
         if (folder / MANIFEST).exists():
             write_manifest(scratch, read_manifest(folder))
-        os.rename(scratch, output)
     return facts
 
 

@@ -1,36 +1,59 @@
-"""`lora-tune merge ADAPTER --output DIR`: fold an adapter into its full-precision base, and measure what that changes.
+"""`lora-tune merge ADAPTER --output DIR`: fold an adapter into its base shard by shard, measured before it is written.
 
-1. verify the adapter, 2. answer its test prompts as trained (quantized base and adapter), 3. load the base as stored,
-put the adapter on and fold it in, 4. answer the same prompts again and compare, 5. write a transformers folder.
+1. verify the adapter, 2. rows to measure on, 3. what the adapter answers as it was trained (on its quantized base),
+against what it would answer folded into the base as stored, and into what the 4-bit weights stand for, 4. the nearest
+is chosen, or refused beyond `--max-kl`, 5. a transformers folder is written. No step holds the whole base in memory,
+but for bases whose files are arranged otherwise than the model, and for new tokens.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_tune.adapter.folder import VECTORS, Manifest, read_manifest, read_part
+from lora_tune.adapter.new_folder import new_folder
 from lora_tune.errors import CheckFailed, Problem, UsageError
 from lora_tune.recipe import Base
-from lora_tune.terminal import activity, print_json, print_problems, results, run_app
+from lora_tune.terminal import activity, print_json, print_problems, print_table, results, run_app
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from lora_tune.data.chat_template import ChatTemplate
+    from lora_tune.model.fidelity import Comparison, Row
     from lora_tune.model.source import BaseSource
 
 app = typer.Typer(help="Fold an adapter into its base and prove it.", add_completion=False)
+
+
+class Precision(StrEnum):
+    """Which base the adapter is folded into."""
+
+    auto = "auto"
+    stored = "stored"
+    dequantized = "dequantized"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One merge: the verified folder, its base as trained and where it lies, and the words to measure with."""
+
+    folder: Path
+    output: Path
+    manifest: Manifest
+    trained: Base
+    source: BaseSource
+    chat: ChatTemplate
+    rows: tuple[Row, ...]
 
 
 @app.command()
@@ -40,102 +63,172 @@ def merge(
     base: Annotated[
         str | None, typer.Option("--base", help="Where its base is: a folder, hub id or builtin: name.")
     ] = None,
+    precision: Annotated[
+        Precision, typer.Option("--base-precision", help="Fold into the base as stored, or as its 4-bit weights say.")
+    ] = Precision.auto,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Rows to measure on, such as the held-out ones; else the test vectors."),
+    ] = None,
+    max_kl: Annotated[
+        float, typer.Option("--max-kl", help="Refuse beyond this divergence from the adapter as trained (nats).", min=0)
+    ] = 0.1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Fold an adapter into its full-precision base, measured against the adapter as it was trained."""
-    facts, problems = _merge(adapter, output=output, base_name=base)
+    """Fold an adapter into its base, in bounded memory, measured against the adapter as it was trained."""
+    job, problems = _prepare(adapter, output=output, base_name=base, data=data)
+    facts = _merge(job, precision=precision, max_kl=max_kl)
     if as_json:
         print_json({"exit_code": 0, "output": str(output), **facts}, problems)
         return
     print_problems(problems)
-    for reference, measured in facts["against"].items():
-        results().print(
-            f"against {reference.replace('_', ' ')}: KL {measured['kl']:.3g} nats (worst {measured['worst_kl']:.3g}), "
-            f"same most likely token at {measured['top1']:.1%} of {measured['positions']} positions"
-        )
-    results().print(f"{output}: merged, {facts['dtype']}")
+    _show(facts)
+    results().print(f"{output}: merged into the {facts['chosen']} base, {facts['dtype']}")
 
 
-def _merge(folder: Path, *, output: Path, base_name: str | None) -> tuple[dict[str, Any], list[Problem]]:
-    """The page: verify, measure as trained, merge, measure, write. Returns what `merge.json` holds, and warnings."""
+def _prepare(folder: Path, *, output: Path, base_name: str | None, data: Path | None) -> tuple[Job, list[Problem]]:
+    """Everything that is checked before a weight is read."""
     from lora_tune.adapter.verify import recorded_base, verify_folder
     from lora_tune.model.source import find_base
 
     if output.exists():
         raise UsageError(Problem("is there already", "name a new folder", str(output), key="--output"))
-    trained_base = recorded_base(folder, name=base_name)
+    trained = recorded_base(folder, name=base_name)
     with activity(f"verifying {folder}"):
-        report = verify_folder(folder, base=trained_base, depth="quick")
+        report = verify_folder(folder, base=trained, depth="quick")
     if report.errors:
         raise CheckFailed(report.errors)
-    manifest, source = read_manifest(folder), find_base(trained_base)
-    chat = _chat(folder)
-    prompts = _prompts(folder, source, chat)
-    with activity("answering the test prompts as trained"):
-        as_trained = _answers(source, trained_base, folder, prompts)
+    source, chat = find_base(trained), _chat(folder)
+    rows = _given_rows(data, chat) if data else _vector_rows(folder, source, chat)
+    job = Job(folder, output, read_manifest(folder), trained, source, chat, rows)
+    return job, list(report.problems)
+
+
+def _merge(job: Job, *, precision: Precision, max_kl: float) -> dict[str, Any]:
+    """Measure, choose, write; returns what `merge.json` holds."""
+    from lora_tune.adapter.folding import folds_of
+    from lora_tune.adapter.load import read_adapter
+    from lora_tune.model.streaming import sketch, stored_names
+
+    saved = read_adapter(job.folder)
+    model = sketch(job.source)
+    names = stored_names(model, job.source)
+    if names is None or saved.config.get("trainable_token_indices"):
+        return _merge_whole(job, max_kl=max_kl)
+    from lora_tune.model.fidelity import change_for, compare_candidates
+    from lora_tune.model.fold_writer import write_folded
+    from lora_tune.model.streaming import quantized_names
+
+    folds = folds_of(saved)
+    with activity("measuring the merge, layer by layer"):
+        found = compare_candidates(model, job.source, names, folds=folds, base=job.trained, rows=job.rows)
+    kinds = {candidate.name: candidate for candidate in found.candidates}
+    wanted = found.best().name if precision is Precision.auto else precision.value
+    if wanted not in kinds:
+        reason = "the adapter was trained on an unquantized base"
+        raise UsageError(Problem(reason, "use --base-precision stored", key="--base-precision"))
+    chosen = kinds[wanted]
+    _refuse_far(job, chosen.divergence.kl, max_kl)
+    stored_dtype = _stored_dtype(job.source)
+    facts = {**_identity(job), "dtype": stored_dtype, "chosen": chosen.name, **_measured(found)}
+    quantized = quantized_names(model) if job.trained.quantize != "none" else frozenset()
+    change = change_for(chosen.name, folds, job.trained, quantized)  # type: ignore[arg-type]  # of the two words
+    with activity(f"writing {job.output}"), new_folder(job.output) as scratch:
+        write_folded(job.source, scratch, names, change=change)
+        _write_words(job, model, scratch, dtype=stored_dtype)
+        _write_facts(scratch, facts)
+    return facts
+
+
+def _merge_whole(job: Job, *, max_kl: float) -> dict[str, Any]:
+    """The same for bases that are not folded tensor by tensor, with all of it in memory, through PEFT."""
+    from lora_tune.adapter.load import load_adapter
+    from lora_tune.model.base import load_base
+    from lora_tune.model.merging import divergence, merge_into, position_log_probs
+
+    ids = [row.ids for row in job.rows]
+    with activity("answering as trained"):
+        as_trained = position_log_probs(load_adapter(load_base(job.source, job.trained), job.folder), ids)
+    dtype = _stored_dtype(job.source)
+    stored = job.trained.model_copy(update={"quantize": "none", "compute_dtype": dtype})
     with activity("merging"):
-        merged, unmerged = _merged(source, _stored_base(trained_base, source), folder, prompts)
-        measured = _measure(merged, prompts, as_trained=as_trained, unmerged=unmerged)
-    facts = {**_identity(manifest, folder), "dtype": str(merged.dtype).removeprefix("torch."), "against": measured}
-    with activity(f"writing {output}"):
-        _write(merged, chat, output=output, facts=facts)
-    return facts, list(report.problems)
+        merged = merge_into(load_adapter(load_base(job.source, stored), job.folder))
+        measured = divergence(as_trained, position_log_probs(merged, ids))
+    _refuse_far(job, measured.kl, max_kl)
+    candidates = {"stored": {**asdict(measured), "loss": None}}
+    facts = {**_identity(job), "dtype": dtype, "chosen": "stored", "loss_as_trained": None, "candidates": candidates}
+    with activity(f"writing {job.output}"), new_folder(job.output) as scratch:
+        job.chat.align(merged)
+        merged.config._name_or_path = ""  # transformers would keep where the base lay
+        with _no_progress_bars():
+            merged.save_pretrained(scratch)
+        _write_tokenizer(job, scratch)
+        _write_facts(scratch, facts)
+    return facts
 
 
-def _prompts(folder: Path, source: BaseSource, chat: ChatTemplate) -> list[list[int]]:
-    """The ids of the test vectors' prompts with their continuations."""
+def _measured(found: Comparison) -> dict[str, Any]:
+    kinds = {one.name: {**asdict(one.divergence), "loss": one.loss} for one in found.candidates}
+    again = found.requantized
+    return {
+        "loss_as_trained": found.loss_as_trained,
+        "candidates": kinds,
+        "requantized": {**asdict(again.divergence), "loss": again.loss} if again else None,
+    }
+
+
+def _refuse_far(job: Job, kl: float, max_kl: float) -> None:
+    if kl > max_kl:
+        reason = f"merged, it would answer {kl:.3g} nats (KL) from the adapter as trained, at most {max_kl:g}"
+        raise CheckFailed(Problem(reason, "serve the adapter unmerged, or allow it with --max-kl", str(job.folder)))
+
+
+def _vector_rows(folder: Path, source: BaseSource, chat: ChatTemplate) -> tuple[Row, ...]:
+    """The prompts of the test vectors with their continuations; none of their tokens is an answer."""
     from lora_tune.adapter.vectors import vector_ids
+    from lora_tune.model.fidelity import Row
 
     rows = source.config.get("vocab_size") or source.config.get("text_config", {}).get("vocab_size", 0)
     vocabulary = max(rows, len(chat.tokenizer))  # new tokens follow the base's own
-    return vector_ids(read_part(folder, VECTORS), vocabulary=vocabulary, where=str(folder / VECTORS))
+    found = vector_ids(read_part(folder, VECTORS), vocabulary=vocabulary, where=str(folder / VECTORS))
+    return tuple(Row(tuple(ids), (False,) * len(ids)) for ids in found)
 
 
-def _stored_base(base: Base, source: BaseSource) -> Base:
-    """The base as its files hold it, unquantized, in their dtype."""
+def _given_rows(data: Path, chat: ChatTemplate) -> tuple[Row, ...]:
+    """The rows of a data file, rendered as in training, with their answers marked. Raises: DataError, UsageError."""
+    from lora_tune.data.chat_template import TokenRow
+    from lora_tune.data.checking import read_conversations
+    from lora_tune.model.fidelity import MOST_POSITIONS, Row
+    from lora_tune.recipe import DataSource
+
+    source = DataSource(source=str(data.resolve()), max_rows=64)
+    conversations = read_conversations([source], hold_out=0, seed=0).train
+    parts = [
+        part for parts in chat.rows(conversations, loss_on="assistant") if isinstance(parts, list) for part in parts
+    ]
+    rows = [
+        Row(tuple(map(int, part.input_ids)), tuple(map(bool, part.mask)))
+        for part in parts
+        if isinstance(part, TokenRow) and len(part.input_ids) <= MOST_POSITIONS
+    ]
+    if not rows:
+        raise UsageError(
+            Problem("holds no row that can be rendered", "name the held-out rows", str(data), key="--data")
+        )
+    return tuple(rows)
+
+
+def _stored_dtype(source: BaseSource) -> str:
+    """The dtype of the base's files."""
     stored = source.config.get("dtype") or source.config.get("torch_dtype")
-    dtype = stored if stored in ("bfloat16", "float16", "float32") else "float32"
-    return base.model_copy(update={"quantize": "none", "compute_dtype": dtype})
+    return stored if stored in ("bfloat16", "float16", "float32") else "float32"
 
 
-def _answers(source: BaseSource, base: Base, folder: Path, prompts: list[list[int]]) -> torch.Tensor:
-    """Log-probabilities (positions, V) of the adapter on its base, held as `base` says."""
-    from lora_tune.adapter.load import load_adapter
-    from lora_tune.model.base import load_base
-    from lora_tune.model.merging import position_log_probs
-
-    model = load_adapter(load_base(source, base), folder)
-    return position_log_probs(model, prompts)
-
-
-def _merged(
-    source: BaseSource, base: Base, folder: Path, prompts: list[list[int]]
-) -> tuple[PreTrainedModel, torch.Tensor]:
-    """The merged model, and what its adapter answered on the same base before it was folded in."""
-    from lora_tune.adapter.load import load_adapter
-    from lora_tune.model.base import load_base
-    from lora_tune.model.merging import merge_into, position_log_probs
-
-    model = load_adapter(load_base(source, base), folder)
-    unmerged = position_log_probs(model, prompts)
-    return merge_into(model), unmerged
-
-
-def _measure(
-    merged: PreTrainedModel, prompts: list[list[int]], *, as_trained: torch.Tensor, unmerged: torch.Tensor
-) -> dict[str, Any]:
-    from lora_tune.model.merging import divergence, position_log_probs
-
-    answers = position_log_probs(merged, prompts)
-    references = {"adapter_as_trained": as_trained, "adapter_on_the_same_base": unmerged}
-    return {name: asdict(divergence(reference, answers)) for name, reference in references.items()}
-
-
-def _identity(manifest: Manifest, folder: Path) -> dict[str, Any]:
+def _identity(job: Job) -> dict[str, Any]:
     return {
-        "adapter": folder.resolve().name,
-        "adapter_sha256": manifest.files["adapter_model.safetensors"].sha256,
-        "base": manifest.base.model_dump(mode="json"),
+        "adapter": job.folder.resolve().name,
+        "adapter_sha256": job.manifest.files["adapter_model.safetensors"].sha256,
+        "base": job.manifest.base.model_dump(mode="json"),
     }
 
 
@@ -146,23 +239,75 @@ def _chat(folder: Path) -> ChatTemplate:
     return load_chat_template(read_tokenizer(folder, name=folder.name))
 
 
-def _write(model: PreTrainedModel, chat: ChatTemplate, *, output: Path, facts: dict[str, Any]) -> None:
-    """Write model, tokenizer and `merge.json` beside the output, then rename: the folder appears whole or not."""
+def _write_words(job: Job, model: PreTrainedModel, folder: Path, *, dtype: str) -> None:
+    """Configuration, generation settings, tokenizer and template; the end of an answer is that of training."""
+    import torch
+
+    job.chat.align(model)
+    model.config._name_or_path = ""  # transformers would keep where the base lay
+    model.config.dtype = getattr(torch, dtype)
+    model.config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    _write_tokenizer(job, folder)
+
+
+def _write_tokenizer(job: Job, folder: Path) -> None:
     from lora_tune.adapter.write import write_tokenizer
 
-    chat.align(model)
-    model.config._name_or_path = ""  # transformers would keep where the base lay
-    try:
-        output.resolve().parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.resolve().parent)
-    except OSError as error:
-        raise UsageError(Problem(f"cannot be written: {error.strerror}", "name another folder", str(output))) from None
-    with beside, _no_progress_bars():
-        scratch = Path(beside.name) / "model"
-        model.save_pretrained(scratch)
-        write_tokenizer(scratch, chat.tokenizer)
-        (scratch / "merge.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.rename(scratch, output)
+    write_tokenizer(folder, job.chat.tokenizer)
+
+
+def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    (folder / "merge.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(_card(facts), encoding="utf-8")
+
+
+def _card(facts: dict[str, Any]) -> str:
+    """The merged model's card: what it is made of, and how far its answers are from the adapter's."""
+    base = facts["base"]
+    hub = f"base_model: {base['name']}\nbase_model_relation: merge\n" if base["kind"] == "hub" else ""
+    lines = [
+        f"| {name} | {one['kl']:.2e} | {one['worst_kl']:.2e} | {one['top1']:.2%} | {_loss(one['loss'])} |"
+        for name, one in _table(facts)
+    ]
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{hub}---\n\n# {facts['adapter']}, merged\n\n"
+        f"The adapter `{facts['adapter']}` (sha256 `{facts['adapter_sha256'][:16]}…`) folded into the "
+        f"{facts['chosen']} weights of `{base['name']}`, in {facts['dtype']}. Measured against the adapter "
+        "as it was trained, before the folder was written:\n\n"
+        "| merged into | KL (nats) | worst KL | same most likely token | loss on answers |\n|---|---|---|---|---|\n"
+        + "\n".join(lines)
+        + f"\n\nLoss of the adapter as trained: {_loss(facts['loss_as_trained'])}. Again: `lora-tune merge`.\n"
+    )
+
+
+def _table(facts: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(name, measurements) of every way to hold the merged model."""
+    found = [
+        (f"{name}{' (this folder)' if name == facts['chosen'] else ''}", one)
+        for name, one in facts["candidates"].items()
+    ]
+    again = facts.get("requantized")
+    return [*found, *([(f"{facts['chosen']}, re-quantized to {facts['base']['quantize']}", again)] if again else [])]
+
+
+def _loss(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _show(facts: dict[str, Any]) -> None:
+    columns = ("merged into", "KL (nats)", "worst KL", "same top token", "loss on answers")
+    rows = [
+        [name, f"{one['kl']:.2e}", f"{one['worst_kl']:.2e}", f"{one['top1']:.2%}", _loss(one["loss"])]
+        for name, one in _table(facts)
+    ]
+    positions = facts["candidates"][facts["chosen"]]["positions"]
+    print_table(
+        f"against the adapter as trained, at {positions} positions (its loss: {_loss(facts['loss_as_trained'])})",
+        columns,
+        rows,
+    )
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import IO
 
 from lora_tune.adapter.checks import Subject, run_checks
 from lora_tune.adapter.folder import FILES, MANIFEST, WEIGHTS
+from lora_tune.adapter.new_folder import new_folder
 from lora_tune.adapter.secrets import secrets_in
 from lora_tune.errors import CheckFailed, Problem, UsageError
 
@@ -64,18 +64,9 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int = MOST_BYTES) -> list[
 
     Raises: CheckFailed where the archive or the folder in it is not what it says, UsageError for paths that do not do.
     """
-    if folder.exists():
-        raise UsageError(Problem("is there already", "name a new folder", str(folder)))
     if not archive.is_file():
         raise UsageError(Problem("no such file", "name an archive that `adapters pack` wrote", str(archive)))
-    try:
-        folder.resolve().parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.resolve().parent)
-    except OSError as error:
-        raise UsageError(Problem(f"cannot be written: {error.strerror}", "name another folder", str(folder))) from None
-    with beside:
-        scratch = Path(beside.name) / folder.name
-        scratch.mkdir()
+    with new_folder(folder) as scratch:
         try:
             with zipfile.ZipFile(archive) as source:
                 for entry in _entries(source, archive, max_bytes=max_bytes):
@@ -87,7 +78,6 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int = MOST_BYTES) -> list[
         errors = [problem for problem in problems if problem.severity == "error"]
         if errors:
             raise CheckFailed(errors)
-        os.rename(scratch, folder)
     return problems
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from typing import Literal
 from lora_tune.adapter.archive import MOST_BYTES
 from lora_tune.adapter.checks import Subject, run_checks
 from lora_tune.adapter.folder import FILES, MANIFEST, WEIGHTS, read_manifest, write_file, write_manifest
+from lora_tune.adapter.new_folder import new_folder
 from lora_tune.adapter.regular_file import read_capped
 from lora_tune.adapter.secrets import secrets_in
 from lora_tune.errors import CheckFailed, Problem, UsageError
@@ -83,14 +83,7 @@ def pull(repository: str, folder: Path, *, revision: str | None = None, max_byte
         raise UsageError(Problem("is there already", "name a new folder", str(folder)))
     _refuse_large(repository, revision, max_bytes)
     cached, _ = hub.download(repository, revision=revision, patterns=tuple(FILES), what="adapter")
-    try:
-        folder.resolve().parent.mkdir(parents=True, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.resolve().parent)
-    except OSError as error:
-        raise UsageError(Problem(f"cannot be written: {error.strerror}", "name another folder", str(folder))) from None
-    with beside:
-        scratch = Path(beside.name) / folder.name
-        scratch.mkdir()
+    with new_folder(folder) as scratch:
         for name in FILES:
             if (cached / name).is_file():
                 shutil.copyfile(cached / name, scratch / name)  # the cache holds links to its blobs
@@ -98,7 +91,6 @@ def pull(repository: str, folder: Path, *, revision: str | None = None, max_byte
         errors = [problem for problem in problems if problem.severity == "error"]
         if errors:
             raise CheckFailed(errors)
-        os.rename(scratch, folder)
     return problems
 
 

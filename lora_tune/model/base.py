@@ -174,6 +174,26 @@ def full_weight(module: torch.nn.Module) -> torch.Tensor:
 
 
 @torch.no_grad()
+def round_trip(weight: torch.Tensor, base: Base) -> torch.Tensor:
+    """A weight as float32 after it was held as `base` says: quantized and back for 4 and 8 bit, else as it came."""
+    if base.quantize == "none":
+        return weight.float()
+    with _quiet():
+        from bitsandbytes.functional import (
+            dequantize_4bit,
+            int8_vectorwise_dequant,
+            int8_vectorwise_quant,
+            quantize_4bit,
+        )
+    moved = weight.to(device_type()).contiguous()
+    if base.quantize == "int8":
+        rounded, scales, _ = int8_vectorwise_quant(moved.to(torch.float16))
+        return int8_vectorwise_dequant(rounded, scales).float().to(weight.device)
+    packed, state = quantize_4bit(moved, compress_statistics=base.double_quant, quant_type=base.quantize)
+    return dequantize_4bit(packed, state).float().to(weight.device)
+
+
+@torch.no_grad()
 def fit_embeddings(model: PreTrainedModel, rows: int) -> None:
     """Give the embedding (and the output head) at least this many rows; new rows are the mean of the old ones."""
     embedding: Any = model.get_input_embeddings()

@@ -114,9 +114,9 @@ def table(rows: Sequence[Mapping[str, Any]], *, workers: int) -> str:
     lines = [
         "# Faults on purpose",
         "",
-        "A run is struck, then continued by the same command with `--resume`. *Identical*: it ends with exit code 0 and",
-        "in the losses of all steps, adapter, configuration, test vectors, tokenizer and ledger of a run that nothing",
-        "struck, to the last bit; after a kill at most `save_every` steps are taken again; nothing is left over, and no",
+        "A run is struck, then continued by the same command with `--resume`. *Identical*: it ends with exit code 0,",
+        "with losses of all steps, adapter, configuration, test vectors, tokenizer and ledger of a run that nothing",
+        "struck, to the last bit; after a kill at most `save_every` steps are taken again; nothing is left over, no",
         "traceback was printed. *Went on*: the struck run itself came to that end. *Lost*: all else.",
         "",
         "| fault | tried | identical | of these went on | lost |",

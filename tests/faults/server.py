@@ -2,16 +2,18 @@
 
 Started by `driver.Server` with the injector preloaded. It reads one JSON request a line from stdin and answers with
 one line on stdout: `{"id", "code"}` (negative for a signal). What a fork takes from the server, and a fresh process
-would do anew: imported modules, the answers of the child that renders chat templates, and the hash seed of strings.
-Random numbers are stirred in every fork. The proof at the end of a run is made by a fork as well. `driver.process`
-runs the same case as a process of its own.
+would do anew: imported modules, the answers of the child that renders chat templates, pictures (written anew, not drawn
+anew), and the hash seed of strings. Random numbers are stirred in every fork. The proof at the end of a run is made by
+a fork as well. `driver.process` runs the same case as a process of its own.
 """
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import gc
 import importlib
+import io
 import json
 import os
 import random
@@ -30,6 +32,7 @@ _RUN = subprocess.run
 _LONGEST_S = 120.0
 _HUNG = 99  # the code of a run that had to be ended
 _renders: dict[bytes, subprocess.CompletedProcess[Any]] = {}  # of chat templates: the same in every case
+_pictures: dict[str, bytes] = {}  # of each format the first that was drawn; drawing is a third of a small run
 # where a signal can be sent from: the phase, and the function at whose start (the n-th time) it comes
 PHASES = {
     "reading": "lora_tune.data.checking:read_conversations",
@@ -92,6 +95,7 @@ def _learn(file: Path) -> None:
             continue
     for key, out in known["renders"]:
         _renders[key.encode()] = subprocess.CompletedProcess([], 0, out.encode(), b"")
+    _pictures.update({kind: base64.b64decode(text) for kind, text in known["pictures"].items()})
     gc.collect()
     gc.freeze()
 
@@ -121,6 +125,7 @@ def _run(request: dict[str, Any]) -> int:
     os.environ.update(LORA_TUNE_CACHE=str(work / "cache"), TMPDIR=str(work / "tmp"), XDG_CACHE_HOME=str(work / "cache"))
     _stir()
     _record_steps(case / "steps.txt")
+    _draw_once()
     subprocess.run = _fork_instead  # type: ignore[assignment]
     if sent := request.get("signal"):
         _send_at(sent["phase"], number=sent["number"], turn=sent.get("turn", 1), again=sent.get("again", 0))
@@ -135,7 +140,8 @@ def _run(request: dict[str, Any]) -> int:
     if request.get("learn"):
         new = sorted(set(sys.modules) - before)
         renders = [(key.decode(), done.stdout.decode()) for key, done in _renders.items()]
-        Path(request["learn"]).write_text(json.dumps({"modules": new, "renders": renders}))
+        pictures = {kind: base64.b64encode(drawn).decode() for kind, drawn in _pictures.items()}
+        Path(request["learn"]).write_text(json.dumps({"modules": new, "renders": renders, "pictures": pictures}))
     return code
 
 
@@ -165,6 +171,28 @@ def _record_steps(path: Path) -> None:
         original(self, logs, start_time)
 
     RunTrainer.log = log  # type: ignore[method-assign]
+
+
+def _draw_once() -> None:
+    """Write pictures as matplotlib does, with the bytes of the first one of that format."""
+    from matplotlib.figure import Figure
+
+    draw = Figure.savefig
+
+    def savefig(self: Any, target: Any, *, format: str, **options: Any) -> None:
+        if format not in _pictures:
+            buffer = io.BytesIO()
+            draw(self, buffer, format=format, **options)
+            _pictures[format] = buffer.getvalue()
+        if isinstance(target, io.StringIO):
+            target.write(_pictures[format].decode())
+        elif hasattr(target, "write"):
+            target.write(_pictures[format])
+        else:
+            with open(target, "wb") as stream:
+                stream.write(_pictures[format])
+
+    Figure.savefig = savefig  # type: ignore[method-assign]
 
 
 def _send_at(phase: str, *, number: int, turn: int, again: int) -> None:

@@ -6,9 +6,11 @@ tasks at hand, 4. one loaded base, adapter on and off, 5. the scores, and whethe
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -245,6 +247,7 @@ def command(
     trust_remote_code: Annotated[
         str | None, typer.Option(metavar="REPO", help="Run the code that comes with this base; name its repository.")
     ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write a page with scores and answers here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Base against adapter on the same held-out rows: scores, intervals and a paired test, from one loaded model."""
@@ -263,6 +266,8 @@ def command(
         trust_remote_code=trust_remote_code,
     )
     measured = evaluate(request)
+    if report is not None:
+        _write_report(report, request, measured)
     problems = [*measured.notes, *_broken(bounds, measured)]
     code = 1 if any(problem.severity == "error" for problem in problems) else 0
     if as_json:
@@ -303,6 +308,36 @@ def _format(name: str | None) -> str | None:
 def _broken(bounds: Sequence[Bound], measured: Measured) -> list[Problem]:
     found = [bound.broken_by(measured.comparison.scores, measured.tasks) for bound in bounds]
     return [problem for problem in found if problem]
+
+
+def _write_report(path: Path, request: Request, measured: Measured) -> None:
+    """The page of this evaluation, with what the folder tells of the training. Raises: UsageError."""
+    from lora_tune.evaluation.report_facts import facts_of_folder
+    from lora_tune.evaluation.report_page import report_page
+    from lora_tune.training.metrics_file import read_metrics
+
+    folder, _ = _target(request)
+    comparison = replace(measured.comparison, tasks=measured.tasks)
+    steps = read_metrics(folder / "metrics.jsonl")
+    facts = facts_of_folder(folder, read_manifest(folder), comparison, steps=steps, command=_repeated(request))
+    try:
+        path.write_text(report_page(facts), encoding="utf-8")
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}"
+        raise UsageError(Problem(reason, "name another file", str(path), key="--report")) from None
+
+
+def _repeated(request: Request) -> str:
+    """The command that measures this again, without a path of this machine."""
+    words = ["lora-tune", "eval", "path/to/this/folder"]
+    words += [override for override in request.overrides if os.sep not in override]
+    words += [word for path in request.data for word in ("--data", path.name)]
+    words += ["--format", request.format] if request.format else []
+    words += ["--metrics", ",".join(request.metrics)] if request.metrics else []
+    words += ["--tasks", ",".join(Path(task).name for task in request.tasks)] if request.tasks else []
+    words += ["--plain-prompts"] if request.prompting == "plain" else []
+    words += ["--base", "path/to/the/base"] if request.base else []
+    return shlex.join(words)
 
 
 def _as_json(measured: Measured) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lora_tune.adapter.folder import Manifest
+from lora_tune.adapter.folder import Manifest, ReplanRecord
 from lora_tune.model.source import BaseSource
 from lora_tune.recipe import Recipe
 
@@ -109,14 +109,13 @@ def repeat_commands(base: Literal["hub", "builtin", "local"]) -> dict[str, str]:
 
     Scores come from the folder itself, called where the data lies; what training did from the recipe, with its seed.
     """
-    where = {"hub": "", "builtin": "", "local": "path/to/the/base"}[base]
-    evaluate = f"lora-tune eval {_FOLDER}" + (f" base.name={where}" if where else "")
+    where = " --base path/to/the/base" if base == "local" else ""
     again = f"lora-tune run {_RECIPE}"
     return {
-        **dict.fromkeys(("scores", "tasks", "samples"), evaluate),
+        **dict.fromkeys(("scores", "tasks", "samples"), f"lora-tune eval {_FOLDER}{where}"),
         **dict.fromkeys(("training", "curves", "hard", "overlap", "cost"), again),
         "data": f"lora-tune preview {_RECIPE} --json",
-        "vectors": f"lora-tune adapters verify {_FOLDER}" + (f" --base {where}" if where else ""),
+        "vectors": f"lora-tune adapters verify {_FOLDER}{where}",
     }
 
 
@@ -209,6 +208,14 @@ def _data(manifest: Manifest, commands: Mapping[str, str]) -> str:
     return f"## Trained on\n\n{table}{counts}\n\n{_again(commands['data'])}"
 
 
+def replan_words(replan: ReplanRecord) -> tuple[str, object]:
+    """What changed from a step on, and why."""
+    where = f"from step {replan.step} on" if replan.step else "before the first step"
+    if replan.micro_batch_size is not None:
+        return where, f"{replan.micro_batch_size} × {replan.accumulation} ({replan.reason})"
+    return where, f"{replan.steps:,} steps at {replan.step_s:.3g} s each fit into the time"
+
+
 def _training(manifest: Manifest, recipe: Recipe, config: Mapping[str, Any], commands: Mapping[str, str]) -> str:
     training = manifest.training
     facts: list[tuple[str, object]] = [
@@ -218,6 +225,7 @@ def _training(manifest: Manifest, recipe: Recipe, config: Mapping[str, Any], com
         ("trainable parameters", training.trainable_parameters),
         ("steps", training.steps),
         ("batch", f"{training.batch_size} sequences ({training.micro_batch_size} × {training.accumulation})"),
+        *(replan_words(replan) for replan in training.replans),
         ("longest sequence", f"{training.max_length} tokens"),
         ("learning rate", f"{training.learning_rate:g}, {training.schedule}"),
         ("optimizer", training.optimizer),

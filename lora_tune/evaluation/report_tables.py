@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_tune.adapter.card import replan_words
 from lora_tune.adapter.folder import DataRecord, TrainingRecord
 from lora_tune.evaluation.pictures import Verdict
 from lora_tune.evaluation.scores import Comparison, Score
@@ -155,6 +156,7 @@ def training_table(training: TrainingRecord, *, seed: int, held: str) -> Table:
         ("base held in", held),
         ("trainable parameters", training.trainable_parameters),
         ("batch", batch),
+        *(replan_words(replan) for replan in training.replans),
         ("longest sequence", f"{training.max_length:,} tokens"),
         ("learning rate", f"{training.learning_rate:g}, {training.schedule}"),
         ("optimizer", training.optimizer),

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_tune.adapter.folder import WEIGHTS
+from lora_tune.adapter.folder import WEIGHTS, read_manifest
 from lora_tune.cli import COMMANDS
 from lora_tune.errors import CheckFailed, Problem, RecipeError, UsageError
 from lora_tune.model.base_config import stored_bits
@@ -214,6 +214,24 @@ class Rehearsal:
         measured = answer["against"]["adapter_as_trained"]
         return f"KL {measured['kl']:.2g} nats from the adapter as trained"
 
+    def evaluate(self) -> str:
+        """The adapter from its folder scores what it scored after its training. Raises: CheckFailed."""
+        if not self.recipe.holds_out:
+            return "nothing to do: the recipe holds no row out"
+        answer = self.processes.run("eval", ["eval", "recipe.yaml", "output=calm"])
+        before = read_manifest(self.folder / "calm").scores
+        for name, score in answer["metrics"].items():
+            if name in before and abs(score["adapter"] - before[name].adapter) > 0.01 * max(1.0, abs(score["adapter"])):
+                reason = f"{name} is {score['adapter']:.4g}, and was {before[name].adapter:.4g} after the training"
+                raise CheckFailed(Problem(reason, file=str(self.processes.log("eval"))))
+        return f"the scores of the training again: {', '.join(answer['metrics'])}"
+
+    def export(self) -> str:
+        """The adapter in the layout of other engines; what has none is no failure."""
+        exported = ["export", "calm", "--to", "canonical", "--output", "exported"]
+        answer = self.processes.run("export", exported, tolerated=(1,))
+        return f"canonical, rank {answer['rank']}, largest relative change {answer['largest_relative_error']:.1e}"
+
     def _real(self) -> list[str]:
         """The recipe as the user named it."""
         return [str(self.file.path.resolve()), *self.file.overrides]
@@ -237,7 +255,8 @@ STEPS: tuple[tuple[str, str | None, tuple[str, ...], Callable[[Rehearsal], str] 
     ("resume", "run", ("kill",), Rehearsal.resume),
     ("same", None, ("train", "resume"), Rehearsal.same),
     ("merge", "merge", ("train",), Rehearsal.merge),
-    ("export", "export", ("train",), None),
+    ("eval", "eval", ("train",), Rehearsal.evaluate),
+    ("export", "export", ("train",), Rehearsal.export),
     ("serve", "serve", ("train",), None),
 )
 

@@ -14,7 +14,8 @@ from typing import Any
 from lora_tune.model.activations import input_bytes, is_target, kept_after_forward, rank_of, saved_bytes_per_layer
 from lora_tune.model.calibration import Calibration
 from lora_tune.model.device import Device
-from lora_tune.model.shape import Shape, read_shape
+from lora_tune.model.meta_shape import shape_of
+from lora_tune.model.shape import Shape
 from lora_tune.recipe import Base, Lora, Train
 
 GIB = 2**30
@@ -65,7 +66,7 @@ class Job:
 
 
 def job_of(
-    config: Mapping[str, Any] | Shape,
+    config: Mapping[str, Any],
     *,
     base: Base,
     lora: Lora,
@@ -73,9 +74,12 @@ def job_of(
     device: Device,
     calibration: Calibration | None = None,
 ) -> Job:
-    """The formulas' inputs, from a `config.json` or a shape read before; a base stored quantized keeps its own kind."""
-    shape = config if isinstance(config, Shape) else read_shape(config)
-    stored = None if isinstance(config, Shape) else config.get("quantization_config")
+    """The formulas' inputs from a `config.json`; a base stored quantized keeps its own kind.
+
+    Raises UsageError for a config that cannot be read.
+    """
+    shape = shape_of(config)
+    stored = config.get("quantization_config")
     if isinstance(stored, Mapping):
         double = bool(stored.get("bnb_4bit_use_double_quant"))
         kind = "int8" if stored.get("load_in_8bit") or stored.get("_load_in_8bit") else "nf4"
@@ -180,6 +184,12 @@ def _weights(job: Job) -> float:
     four_bit = _NF4 if job.base.double_quant else _NF4_SINGLE
     per_weight = {"nf4": four_bit, "fp4": four_bit, "int8": 1.0, "none": float(job.element)}[quantize]
     return shape.linear_parameters * per_weight + rest * job.element
+
+
+def unquantized_gib(job: Job) -> float:
+    """GiB of the base that no quantization reaches: embeddings, head, norms and experts."""
+    shape = job.shape
+    return (shape.embedding_parameters + shape.expert_parameters + shape.other_parameters) * job.element / GIB
 
 
 def trainable_parameters(shape: Shape, lora: Lora) -> int:

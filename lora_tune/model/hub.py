@@ -17,6 +17,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")
 CODE_FILES = ("*.py",)
+PLAN_FILES = ("config.json", "model.safetensors.index.json")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
@@ -75,6 +76,20 @@ def explained(where: str, name: str) -> Iterator[None]:
     except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError, HTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{where}: the hub refused: {reason}", "check network, disk space and HF_TOKEN") from error
+
+
+def cached(name: str, *, revision: str | None) -> Path | None:
+    """The snapshot folder of a repository in the local cache, where it holds config.json; no network call."""
+    from huggingface_hub import constants
+
+    root = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    wanted = revision or "main"
+    try:
+        commit = wanted if _COMMIT.fullmatch(wanted) else (root / "refs" / wanted).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    folder = root / "snapshots" / commit
+    return folder if _COMMIT.fullmatch(commit) and (folder / "config.json").is_file() else None
 
 
 def commit_of(folder: Path) -> str | None:

@@ -36,8 +36,8 @@ from lora_tune.model.footprint import (
     parts_gib,
     trainable_parameters,
     uncertainty_gib,
+    unquantized_gib,
 )
-from lora_tune.model.shape import Shape
 from lora_tune.model.speed import step_seconds
 from lora_tune.recipe import Base, Lora, Train
 
@@ -52,7 +52,8 @@ class MemoryPlan:
     `parts_gib` add up to `peak_gib`, which may be wrong by `uncertainty_gib`; `formula_gib` is what the formulas gave
     before `calibrated` measurements of this card corrected them. `step_s` and `tokens_per_s` are None where the speed
     of the device is not known. A step has `tokens_per_step` tokens where every sequence is full. Only `try_plan` gives
-    a plan that does not fit; `changes` would make it fit.
+    a plan that does not fit; `changes` would make it fit. Of the weights, `unquantized_gib` are embeddings, head, norms
+    and experts. `known` says how the base's parameters were counted.
     """
 
     parts_gib: dict[str, float]
@@ -73,6 +74,8 @@ class MemoryPlan:
     tokens_per_s: float | None
     calibrated: int
     fits: bool
+    unquantized_gib: float
+    known: Literal["in our table", "counted on the meta device"]
     changes: tuple[Change, ...] = ()
 
     @property
@@ -111,7 +114,7 @@ def plan_here(config: Mapping[str, Any], *, base: Base, lora: Lora, train: Train
 
 
 def plan_memory(
-    config: Mapping[str, Any] | Shape,
+    config: Mapping[str, Any],
     *,
     base: Base,
     lora: Lora,
@@ -136,7 +139,7 @@ def plan_memory(
 
 
 def try_plan(
-    config: Mapping[str, Any] | Shape,
+    config: Mapping[str, Any],
     *,
     base: Base,
     lora: Lora,
@@ -174,6 +177,8 @@ def try_plan(
         tokens_per_s=tokens / step_s if step_s else None,
         calibrated=measured.runs if measured else 0,
         fits=chosen is not None,
+        unquantized_gib=unquantized_gib(job),
+        known="in our table" if job.shape.known else "counted on the meta device",
         changes=changes,
     )
 

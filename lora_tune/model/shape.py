@@ -23,6 +23,7 @@ _NAMES = {  # ours: the names it has in config.json
     "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
 }
 _LARGEST = 10**8  # no size in a config.json is larger than this
+_MOST_LAYERS, _MOST_PARAMETERS = 10_000, 1e14
 _TIED_BY_DEFAULT = ("gemma", "gpt2", "falcon", "cohere", "opt", "gpt_bigcode", "bloom")
 _FUSED = {  # model types with other layers than q, k, v, o, gate, up, down
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
@@ -128,7 +129,7 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
     if sparse:
         linears += _mlp(model_type, hidden, shared, sparse) if shared else []
     tied = text.get("tie_word_embeddings")
-    return Shape(
+    shape = Shape(
         model_type=model_type,
         hidden=hidden,
         intermediate=intermediate,
@@ -148,6 +149,29 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
         shared_intermediate=shared if sparse else 0,
         sliding_window=_window(text),
     )
+    return _check_possible(shape)
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether the architecture stands in our table; others are counted as a Llama of their sizes."""
+    nested = [config[key] for key in ("text_config", "llm_config") if isinstance(config.get(key), Mapping)]
+    names = [part.get("model_type") for part in (*nested, config)]
+    model_type = next((name for name in names if name), "unknown")
+    return model_type in _LLAMA_LIKE or model_type in _FUSED
+
+
+def _check_possible(shape: Shape) -> Shape:
+    """The shape, unless no model can have it."""
+    problem = None
+    if shape.layers > _MOST_LAYERS:
+        problem = f"no model has {shape.layers} layers"
+    elif shape.parameters > _MOST_PARAMETERS:
+        problem = f"no model has {shape.parameters:.1e} parameters"
+    elif shape.key_value > shape.query or shape.query % shape.key_value:
+        problem = f"{shape.key_value} units of keys cannot be shared by {shape.query} units of queries"
+    if problem:
+        raise UsageError(Problem(f"config.json of the base: {problem}", "check the sizes in it", key="base.name"))
+    return shape
 
 
 def _window(text: Mapping[str, Any]) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,38 @@ def find_base(base: Base, *, trust_remote_code: str | None = None) -> BaseSource
     check_kind(source.config, source.name, code="trusted" if trust_remote_code else "refused")
     check_stored_quantization(source.config, source.name, quantize=base.quantize)
     return source
+
+
+def find_config(base: Base) -> BaseSource:
+    """Find the base for a plan: of a hub base config.json and the index of its weights, from the cache or downloaded.
+
+    Where the cache has it, the hub is not asked. Whether the weights are stored in a way that can be trained is
+    checked as `find_base` does.
+
+    Raises:
+        UsageError: not found, no access, no causal language model, or stored in a way that LoRA cannot train on.
+    """
+    if base.name.startswith(_BUILTIN) or _is_path(base.name):
+        source = _builtin(base) if base.name.startswith(_BUILTIN) else _local(base)
+    else:
+        folder = hub.cached(base.name, revision=base.revision)
+        if folder is None:
+            folder, _ = hub.download(base.name, revision=base.revision, patterns=hub.PLAN_FILES)
+        config = read_config(folder, base.name)
+        source = BaseSource(base.name, "hub", folder, hub.commit_of(folder), config, base.quantize)
+    check_kind(source.config, source.name, code="trusted")  # a plan runs no code of the base
+    check_stored_quantization(source.config, source.name, quantize=base.quantize)
+    return source
+
+
+def stored_bytes(source: BaseSource) -> int | None:
+    """Bytes of the base's weights as its index (`model.safetensors.index.json`) says; None without one."""
+    try:
+        index = json.loads((source.folder / "model.safetensors.index.json").read_bytes())
+        size = index["metadata"]["total_size"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return int(size) if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 < size < 1e15 else None
 
 
 def _is_path(name: str) -> bool:

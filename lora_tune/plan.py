@@ -1,0 +1,299 @@
+"""`lora-tune plan RECIPE`: will it fit, how long will it take, what should be changed? Before anything is downloaded.
+
+From the base's config.json alone, in under half a second and without torch; nothing is loaded or written. What does
+not fit ends with exit code 4 and the three cheapest changes that would make it fit.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_tune.data.amount import Amount, estimate
+from lora_tune.errors import Problem, RecipeError, UsageError
+from lora_tune.model import base_fit
+from lora_tune.model.base_config import stored_bits
+from lora_tune.model.cards import Card, find_card, usable_gib
+from lora_tune.model.device import Device, this_machine
+from lora_tune.model.memory import MemoryPlan, too_large, try_plan
+from lora_tune.model.shape import read_shape
+from lora_tune.model.source import BaseSource, find_config, stored_bytes
+from lora_tune.model.speed import SPEED_ERROR
+from lora_tune.recipe import Recipe, Train
+from lora_tune.recipe_file import RecipeFile, read_recipe
+from lora_tune.terminal import print_json, print_problems, print_table, results, run_app
+
+app = typer.Typer(help="Will it fit, how long will it take, what should change?", add_completion=False)
+_OPTIONS = {  # shorter names of keys, for a plan without a recipe
+    "--method": "lora.method", "--rank": "lora.rank", "--quantize": "base.quantize", "--revision": "base.revision",
+    "--max-length": "train.max_length", "--batch-size": "train.batch_size", "--epochs": "train.epochs",
+    "--max-steps": "train.max_steps",
+}  # fmt: skip
+_WITHOUT_RECIPE = "base: {name: none/none}\ndata: [{source: none/none}]\noutput: adapters/plan\n"
+_INDEX_TOLERANCE = 0.02  # share by which an index may differ from the count before it is said
+_PARTS = {
+    "adapters": "adapters", "gradients": "gradients", "optimizer": "optimizer states",
+    "activations": "kept activations", "loss_head": "loss head",
+    "buffers": "buffers (recomputing, temporaries, dequantizing, masks)", "runtime": "runtime (context, fragmentation)",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan is made for: memory that is free, the card where there is one, and a line that says so."""
+
+    device: Device
+    budget_gib: float
+    card: Card | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long the whole run takes; `text` says what that rests on. Unknown numbers are None."""
+
+    steps: int | None
+    hours: float | None
+    text: str
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def command(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="The recipe; section.key=value.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead of a recipe: a base; keys follow as for a recipe.")
+    ] = None,
+    gpu: Annotated[
+        str, typer.Option(metavar="CARD", help="rtx4090, a100-80 …, its memory (24GiB), or auto: the one in here.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Plan a run: bytes by part, the fastest combination that fits, time; nothing is loaded.
+
+    Shorter for keys: --method, --rank, --quantize, --max-length, --batch-size, --epochs, --max-steps, --revision.
+    """
+    file = _recipe(arguments or [], model)
+    target = _target(gpu)
+    with nullcontext() if model else file.locating():
+        plan, source, problems = look(file.recipe, target)
+    duration = _duration(file.recipe, plan, amount=_amount(file.recipe, source, model))
+    if model is None:
+        problems = [*file.warnings, *(file.locate(problem) if problem.key else problem for problem in problems)]
+    code = 0 if plan.fits else 4
+    if as_json:
+        print_json({"exit_code": code, **_facts(plan, duration)}, problems)
+    else:
+        _print(file.recipe, source, plan, target=target, duration=duration)
+        print_problems(problems)
+    return code
+
+
+def look(recipe: Recipe, target: Target) -> tuple[MemoryPlan, BaseSource, list[Problem]]:
+    """The plan of a recipe on a target, the base it is for, and what should be said of it.
+
+    Raises:
+        UsageError, RecipeError: the base cannot be found or read, or the adapter does not fit it.
+    """
+    source = find_config(recipe.base)
+    plan = try_plan(
+        source.config,
+        base=recipe.base,
+        lora=recipe.lora,
+        train=recipe.train,
+        budget_gib=target.budget_gib,
+        device=target.device,
+        card=target.card,
+    )
+    problems = list(_notes(recipe, source, plan, target.card))
+    if errors := [problem for problem in problems if problem.severity == "error"]:
+        raise RecipeError(errors)
+    if not plan.fits:
+        problems.append(too_large(plan, recipe.train))
+    return plan, source, problems
+
+
+def _recipe(arguments: Sequence[str], model: str | None) -> RecipeFile:
+    """The recipe that is named, or one made of `--model` and the keys that follow."""
+    plain, overrides = _split(arguments)
+    if model is None:
+        if len(plain) != 1:
+            got = f"got {' '.join(plain)!r}" if plain else "got none"
+            raise UsageError(f"one recipe is planned, {got}", "give a recipe, or --model NAME")
+        return read_recipe(Path(plain[0]), overrides=overrides)
+    if plain:
+        raise UsageError(f"--model is a plan without a recipe, got {plain[0]!r} as well", "give one of them")
+    with tempfile.TemporaryDirectory(prefix="lora_tune_plan_") as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(_WITHOUT_RECIPE, encoding="utf-8")
+        file = read_recipe(path, overrides=[f"base.name={model}", *overrides])
+    return file
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is no option, and the overrides: `section.key=value`, `--rank 8`, `--rank=8`."""
+    plain: list[str] = []
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if word.startswith("-") and len(word) > 1:
+            if name not in _OPTIONS:
+                raise UsageError(f"no such option, got {name!r}", "see lora-tune plan --help")
+            if not equals and not rest:
+                raise UsageError(f"{name} needs a value, got none", f"such as {name}=…")
+            overrides.append(f"{_OPTIONS[name]}={value if equals else rest.pop(0)}")
+        else:
+            (overrides if equals and not Path(word).exists() else plain).append(word)
+    return plain, overrides
+
+
+def _target(gpu: str) -> Target:
+    """The card that is named, or the one in this machine; a machine without one is planned for its memory."""
+    if gpu.strip().lower() != "auto":
+        card = find_card(gpu)
+        known = f", {card.tflops:g} TFLOP/s {card.sixteen_bit}, {card.bandwidth_gbs:g} GB/s" if card.tflops else ""
+        text = f"{card.name}: {usable_gib(card):.1f} of {card.memory_gib:g} GiB usable{known}"
+        return Target("cuda", usable_gib(card), card, text if known else f"{text}; its speed is not known")
+    machine = this_machine()
+    if machine.card is not None:
+        known = "" if machine.card.tflops else "; its speed is not known"
+        held = f", {machine.held_gib:.1f} held by the driver and others"
+        text = f"{machine.name}: {machine.free_gib:.1f} of {machine.total_gib:.1f} GiB free{held}{known}"
+        return Target("cuda", machine.free_gib, machine.card, text)
+    text = (
+        f"no GPU here: planned for the memory of this machine, {machine.free_gib:.1f} GiB free; its speed is not known"
+    )
+    return Target("cpu", machine.free_gib, None, text)
+
+
+def _notes(recipe: Recipe, source: BaseSource, plan: MemoryPlan, card: Card | None) -> Iterator[Problem]:
+    """What should be said of the adapter, the base and the card; errors among it."""
+    stored = f"{stored_bits(source.config)} bit" if source.quantization is not None else None
+    yield from base_fit.combination_problems(recipe.lora, quantize=recipe.base.quantize, stored=stored)
+    if not plan.trainable_parameters:
+        names = ", ".join(recipe.lora.targets)
+        yield Problem(f"no layer of the base has that name, got {names}", "write all-linear", key="lora.targets")
+    yield from base_fit.length_problems(source.config, recipe.train)
+    yield from base_fit.expert_notes(recipe.lora, experts=source.experts, quantize=recipe.base.quantize)
+    if card is not None and card.sixteen_bit == "float16" and recipe.base.compute_dtype == "bfloat16":
+        yield Problem(
+            f"{card.name} has no bfloat16", "write auto: float16", key="base.compute_dtype", severity="warning"
+        )
+    if plan.known != "in our table":
+        reason = f"model type {source.config.get('model_type')!r} is not in our table"
+        fix = "parameters were counted on the meta device; what is kept for the backward pass is taken as a Llama's"
+        yield Problem(reason, fix, severity="note")
+    index = stored_bytes(source)
+    if index is not None and source.quantization is None:
+        share = index / (2 * plan.parameters)
+        whole = min(abs(share - 1), abs(share / 2 - 1))  # stored in 16 or 32 bit
+        if whole > _INDEX_TOLERANCE:
+            counted = 2 * plan.parameters / 1e9
+            reason = f"the index of the weights names {index / 1e9:.2f} GB, config.json gives {counted:.2f} GB"
+            yield Problem(reason, "take both from the same repository", key="base.name", severity="warning")
+
+
+def _amount(recipe: Recipe, source: BaseSource, model: str | None) -> Amount | None:
+    """Rows and tokens of the data where it lies on this machine."""
+    if model is not None or any(data.format == "sni" or getattr(data, "prompts", None) for data in recipe.data):
+        return None
+    vocabulary = read_shape(source.config).vocabulary if source.config.get("vocab_size") else 32_000
+    return estimate(
+        recipe.data, hold_out=recipe.eval.hold_out, max_length=recipe.train.max_length, vocabulary=vocabulary
+    )
+
+
+def _duration(recipe: Recipe, plan: MemoryPlan, *, amount: Amount | None) -> Duration:
+    """Steps and hours of the whole run, as far as they are known."""
+    train = recipe.train
+    budget = getattr(train, "budget", None)
+    share = 1.0 if train.packing or amount is None else min(1.0, amount.tokens_per_row / train.max_length)
+    step_s = plan.step_s * share if plan.step_s else None
+    steps, why = train.max_steps, "train.max_steps"
+    if steps is None and amount is not None:
+        steps, why = (
+            _steps(train, amount),
+            f"{amount.rows:,} rows of about {amount.tokens_per_row:,.0f} tokens, estimated",
+        )
+    if budget:
+        return Duration(None, None, f"train.budget {budget} ends it")
+    if steps is None:
+        return Duration(None, None, "how many steps is not known: the data is not on this machine")
+    hours = steps * step_s / 3600 if step_s else None
+    return Duration(steps, hours, f"{steps:,} steps ({why})")
+
+
+def _steps(train: Train, amount: Amount) -> int:
+    """Optimizer steps of the run: packed sequences are full."""
+    rows = math.ceil(amount.tokens / train.max_length) if train.packing else amount.rows
+    return max(1, math.ceil(train.epochs * math.ceil(rows / train.batch_size)))
+
+
+def _facts(plan: MemoryPlan, duration: Duration) -> dict[str, Any]:
+    """What `--json` prints beside `exit_code` and `problems`."""
+    return {
+        "parts_gib": {name: round(size, 4) for name, size in plan.parts_gib.items()},
+        "peak_gib": round(plan.peak_gib, 4),
+        "uncertainty_gib": round(plan.uncertainty_gib, 4),
+        "fits": plan.fits,
+        "micro_batch_size": plan.micro_batch_size,
+        "accumulation": plan.accumulation,
+        "gradient_checkpointing": plan.gradient_checkpointing,
+        "optimizer": plan.optimizer,
+        "tokens_per_s": plan.tokens_per_s and round(plan.tokens_per_s, 1),
+        "step_s": plan.step_s and round(plan.step_s, 4),
+        "hours": duration.hours and round(duration.hours, 4),
+        "parameters": plan.parameters,
+        "trainable_parameters": plan.trainable_parameters,
+    }
+
+
+def _print(recipe: Recipe, source: BaseSource, plan: MemoryPlan, *, target: Target, duration: Duration) -> None:
+    """The plan as a person reads it."""
+    console = results()
+    trained = f"{plan.trainable_parameters / 1e6:,.1f} M trained ({recipe.lora.method}, rank {recipe.lora.rank})"
+    console.print(f"{source.name}: {plan.parameters / 1e9:,.2f} B parameters, {trained}")
+    console.print(target.text)
+    quantize = recipe.base.quantize
+    weights = plan.parts_gib["weights"] - plan.unquantized_gib
+    rows = [
+        ["weights of linear layers" + ("" if quantize == "none" else f" ({quantize})"), f"{weights:.2f}"],
+        ["embeddings, head, norms, experts", f"{plan.unquantized_gib:.2f}"],
+        *([words, f"{plan.parts_gib[name]:.2f}"] for name, words in _PARTS.items()),
+        ["at the peak", f"{plan.peak_gib:.2f} ± {plan.uncertainty_gib:.2f}"],
+    ]
+    print_table("", ["part", "GiB"], rows)
+    console.print(plan.reason)
+    for change in plan.changes:
+        console.print(f"  it would fit: {change}")
+    if plan.calibrated:
+        console.print(f"corrected by {plan.calibrated} measurements of this card")
+    console.print(f"{plan.flop_per_step / 1e12:,.1f} TFLOP a step of {plan.tokens_per_step:,} tokens; {_speed(plan)}")
+    time = "" if duration.hours is None else f": about {_clock(duration.hours)}"
+    console.print(f"{duration.text}{time}")
+
+
+def _speed(plan: MemoryPlan) -> str:
+    if plan.step_s is None or plan.tokens_per_s is None:
+        return "seconds unknown"
+    error = "" if plan.calibrated else f" (± {SPEED_ERROR:.0%})"
+    return f"{plan.step_s:,.2f} s, {plan.tokens_per_s:,.0f} tokens/s{error}"
+
+
+def _clock(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(app, name="python -m lora_tune.plan"))

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,25 +29,22 @@ from lora_tune.cli import COMMANDS
 from lora_tune.errors import CheckFailed, Problem, RecipeError, UsageError
 from lora_tune.model.base_config import stored_bits
 from lora_tune.model.base_fit import combination_problems, length_problems
-from lora_tune.model.shrink import HEAD
 from lora_tune.model.source import check_against_base, find_base, load_tokenizer
-from lora_tune.recipe import DataSource, Recipe
+from lora_tune.recipe import Recipe
 from lora_tune.recipe_file import RecipeFile, read_recipe, recipe_as_yaml
 from lora_tune.terminal import activity, print_json, print_problems, printable, results, run_app
 from lora_tune.training.journey import MOST_SECONDS, Outcome, Processes, Step, travel
+from lora_tune.training.small_recipe import TRAINED_STEPS, small_recipe, small_source
 
 if TYPE_CHECKING:
     from lora_tune.data.checking import Conversations
     from lora_tune.data.pipeline import Prepared
 
 app = typer.Typer(help="Rehearse the whole journey of a recipe on a small model.", add_completion=False)
-TRAINED_STEPS, SAVE_EVERY, BATCH = 6, 2, 2
 LONGEST = 1024  # tokens of a sequence, at most: what a CPU trains in seconds with a vocabulary of 150,000
 MORE_TOKENS = 768  # of the rows beside the longest one
 HELD_OUT = 4
-RATE = 1e-2  # learning rate: six steps must change the answers enough for the test vectors to see the adapter
 FAILED = "FAILED"  # an empty file that keeps the folder
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 _MARKS = {"ok": "✓", "failed": "✗", "warning": "!", "absent": "–", "skipped": "–"}
 _STYLES = {"ok": "green", "failed": "red", "warning": "yellow", "absent": "dim", "skipped": "dim"}
 
@@ -66,6 +63,9 @@ class Rehearsal:
             "PYTHONIOENCODING": "utf-8",
         }
         self.processes = Processes(folder, environment)
+        self.outside = Processes(
+            folder, {"PYTHONIOENCODING": "utf-8"}, where=Path.cwd()
+        )  # as the user would start them
         self.source = find_base(self.recipe.base)
         self.base = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', self.source.name.rpartition(':')[2])}-small"
         self.conversations: Conversations | None = None
@@ -108,7 +108,9 @@ class Rehearsal:
         )
         ledger = self.prepared.ledger
         trained, longest = ledger.total("tokens_trained"), max(source.longest for source in ledger.sources)
-        return f"{ledger.total('tokens_kept'):,} tokens, {trained:,} trained, longest row {longest:,}"
+        warned = len(ledger.warnings())
+        said = f"{ledger.total('tokens_kept'):,} tokens, {trained:,} trained, longest row {longest:,}"
+        return f"{said}; {warned} warnings (lora-tune preview)" if warned else said
 
     def small(self) -> str:
         """The small base, a sample of the rows and the recipe that joins them. Raises: UsageError, RecipeError."""
@@ -119,7 +121,13 @@ class Rehearsal:
         (self.folder / "recipe.yaml").write_text(recipe_as_yaml(small), encoding="utf-8")
         found = check_against_base(find_base(small.base), lora=small.lora, train=small.train)
         self._refuse([problem for problem in found if problem.severity == "error"])
-        return f"{self.source.config['model_type']} with {parameters:,} random parameters, {rows} rows of the data"
+        lora, left = self.recipe.lora, []
+        if lora.start_from:
+            left.append("without lora.start_from")
+        if lora.rank > small.lora.rank:
+            left.append(f"rank {lora.rank} as {small.lora.rank}")
+        said = f"{self.source.config['model_type']} with {parameters:,} random parameters, {rows} rows of the data"
+        return ", ".join([said, *left])
 
     def _sample(self) -> tuple[int, Recipe]:
         """Writes the rows that are trained and held out; returns how many, and the small recipe.
@@ -140,7 +148,7 @@ class Rehearsal:
         for number, source in enumerate(recipe.data):
             mine = [place for place in (*trained, *held_out) if place.source == number]
             if mine:
-                data.append(_local(source, write_rows(source, mine, self.folder / f"rows-{number}.jsonl")))
+                data.append(small_source(source, write_rows(source, mine, self.folder / f"rows-{number}.jsonl")))
         apart = [place for place in held_out if place.source == count]
         tasks = recipe.eval.hold_out_tasks
         hold_out: str | int = sum(
@@ -149,15 +157,14 @@ class Rehearsal:
         if apart:
             like = recipe.data[0].model_copy(update={"source": str(recipe.eval.hold_out)})
             hold_out = str(write_rows(like, apart, self.folder / "held_out.jsonl"))
-        small = _small_recipe(recipe, base=self.base, data=data, hold_out=hold_out, longest=longest)
+        small = small_recipe(recipe, base=self.base, data=data, hold_out=hold_out, longest=longest)
         return len(trained) + len(held_out), small
 
     def plan(self) -> str:
         """The real recipe on this machine; what does not fit here may fit where it will run."""
-        answer = self.processes.run("plan", ["plan", *self._real()], tolerated=(4,))
-        fits = "fits" if answer.get("fits", True) else "does not fit"
-        peak = answer.get("peak_gib")
-        return fits if peak is None else f"{fits}: peak of about {peak:.1f} GiB"
+        real = [str(self.file.path), *self.file.overrides]
+        answer = self.outside.run("plan", ["plan", *real], tolerated=(4,))
+        return f"peak of about {answer['peak_gib']:.1f} GiB at micro-batch {answer['micro_batch_size']} on this machine"
 
     def train(self) -> str:
         """Training, evaluation, the adapter's folder, and its proof in a fresh process."""
@@ -232,9 +239,10 @@ class Rehearsal:
         answer = self.processes.run("export", exported, tolerated=(1,))
         return f"canonical, rank {answer['rank']}, largest relative change {answer['largest_relative_error']:.1e}"
 
-    def _real(self) -> list[str]:
-        """The recipe as the user named it."""
-        return [str(self.file.path.resolve()), *self.file.overrides]
+    def close(self) -> None:
+        """End the processes that still run."""
+        self.processes.close()
+        self.outside.close()
 
     def _refuse(self, problems: Sequence[Problem]) -> None:
         """Print warnings with their place in the recipe. Raises: RecipeError where one is an error."""
@@ -271,51 +279,6 @@ def _steps(rehearsal: Rehearsal) -> list[Step]:
     return steps
 
 
-def _local(source: DataSource, path: Path) -> DataSource:
-    """The source with its rows in a file here."""
-    changes = {"source": str(path), "config": None, "split": "train", "revision": None, "max_rows": None}
-    return source.model_copy(update=changes)
-
-
-def _small_recipe(
-    recipe: Recipe, *, base: Path, data: Sequence[DataSource], hold_out: str | int, longest: int
-) -> Recipe:
-    """The recipe over the small base and the sample: few steps, limits off (they held for all rows), no trackers."""
-    train, lora, evaluation = recipe.train, recipe.lora, recipe.eval
-    batch = min(BATCH, train.batch_size)
-    changes: dict[str, dict[str, Any]] = {
-        "base": {"name": str(base), "revision": None},
-        "lora": {
-            "start_from": None,  # its shapes are those of the real base
-            "rank": min(lora.rank, HEAD),
-            "rank_pattern": {name: min(rank, HEAD) for name, rank in lora.rank_pattern.items() if _stays(name)},
-            "alpha_pattern": {name: alpha for name, alpha in lora.alpha_pattern.items() if _stays(name)},
-        },
-        "train": {
-            "epochs": 1.0, "max_steps": TRAINED_STEPS, "budget": None, "save_every": SAVE_EVERY, "learning_rate": RATE,
-            "batch_size": batch, "micro_batch_size": 1, "max_length": longest,
-            "warmup": min(train.warmup, 1) if isinstance(train.warmup, int) else train.warmup,
-        },
-        "eval": {
-            "hold_out": hold_out, "hold_out_tasks": (), "every": evaluation.every and SAVE_EVERY,
-            "stop_after": evaluation.stop_after and TRAINED_STEPS, "samples": min(evaluation.samples, 1),
-        },
-        "limits": {"dropped_rows": "100%", "lost_tokens": "100%", "lost_end_tokens": "100%", "duplicates": None},
-    }  # fmt: skip
-    tasks = {source.task for source in data}
-    changes["eval"]["hold_out_tasks"] = tuple(task for task in evaluation.hold_out_tasks if task in tasks)
-    content = recipe.model_dump() | {"data": [source.model_dump() for source in data], "output": "calm", "track": ()}
-    for section, values in changes.items():
-        content[section] = content[section] | values
-    return Recipe.model_validate(content)
-
-
-def _stays(name: str) -> bool:
-    """Whether a name does not speak of a layer that the small base does not have."""
-    numbered = _LAYER.search(name)
-    return numbered is None or int(numbered[1]) < 2
-
-
 @contextmanager
 def _working_folder(keep: Path | None) -> Iterator[Path]:
     """The folder of the rehearsal: a new one that goes when all is well, or the one that is kept."""
@@ -344,7 +307,7 @@ def rehearse(file: RecipeFile, *, folder: Path, report: Callable[[Outcome], None
     rehearsal = Rehearsal(file, folder)
     rehearsal.check_recipe()
     with activity("rehearsing"):
-        return travel(_steps(rehearsal), at_once=2, report=report, leave=rehearsal.processes.close)
+        return travel(_steps(rehearsal), at_once=2, report=report, leave=rehearsal.close)
 
 
 @app.command()

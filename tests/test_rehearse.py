@@ -14,8 +14,10 @@ from lora_tune import rehearse
 from lora_tune.adapter.folder import WEIGHTS
 from lora_tune.cli import COMMANDS, main
 from lora_tune.errors import CheckFailed, Problem
+from lora_tune.model.shrink import HEAD
 from lora_tune.recipe_file import read_recipe
 from lora_tune.training.journey import Processes
+from lora_tune.training.small_recipe import TRAINED_STEPS, small_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -69,7 +71,7 @@ def test_a_whole_rehearsal(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.
     )
     # the run that was killed left no last word, was resumed by another process, and ended as the undisturbed one
     assert (folder / "killed" / WEIGHTS).read_bytes() == (folder / "calm" / WEIGHTS).read_bytes()
-    assert json.loads((folder / "logs" / "resume.json").read_text())["training"]["steps"] == rehearse.TRAINED_STEPS
+    assert json.loads((folder / "logs" / "resume.json").read_text())["training"]["steps"] == TRAINED_STEPS
     assert (folder / "logs" / "kill.json").read_text() == ""
     # the rows are those of the recipe, the longest among them; the held-out ones are held out again
     rows = [json.loads(line) for line in (folder / "rows-0.jsonl").read_text().splitlines()]
@@ -162,18 +164,18 @@ def test_a_run_that_goes_on_otherwise_is_found(
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_has_a_small_one(path: Path, tmp_path: Path) -> None:
     real = read_recipe(path).recipe
-    small = rehearse._small_recipe(real, base=tmp_path, data=real.data, hold_out=2, longest=512)
+    small = small_recipe(real, base=tmp_path, data=real.data, hold_out=2, longest=512)
     for keys in ("method", "targets", "dropout", "modules_to_save"):
         assert getattr(small.lora, keys) == getattr(real.lora, keys)
     assert small.base.quantize == real.base.quantize and small.metrics == real.metrics and small.seed == real.seed
     assert small.train.packing == real.train.packing and small.loss_on == real.loss_on
-    assert small.train.max_steps == rehearse.TRAINED_STEPS and small.track == ()
+    assert small.train.max_steps == TRAINED_STEPS and small.track == ()
 
 
 def test_names_of_layers_that_the_small_base_lacks_are_left_out(tmp_path: Path, tiny_base: Path) -> None:
     path = recipe(tmp_path, tiny_base)
     overrides = ("lora.rank_pattern={layers.1.self_attn.q_proj: 64, layers.9.self_attn.q_proj: 8, up_proj: 4}",)
     real = read_recipe(path, overrides=(*overrides, "train.budget=2h", "train.epochs=1")).recipe
-    small = rehearse._small_recipe(real, base=tmp_path, data=real.data, hold_out=2, longest=64)
-    assert small.lora.rank_pattern == {"layers.1.self_attn.q_proj": rehearse.HEAD, "up_proj": 4}
+    small = small_recipe(real, base=tmp_path, data=real.data, hold_out=2, longest=64)
+    assert small.lora.rank_pattern == {"layers.1.self_attn.q_proj": HEAD, "up_proj": 4}
     assert small.train.budget is None

@@ -108,11 +108,13 @@ def _take(step: Step) -> Outcome:
 class Processes:
     """Verbs of this program as processes of their own, each with a log `logs/<name>.log` below `folder`.
 
-    `environment` is added to that of this process. `close` ends those that still run.
+    `environment` is added to that of this process, `where` is their working folder, by default `folder`. `close` ends
+    those that still run.
     """
 
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    where: Path | None = None
     _running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def log(self, name: str) -> Path:
@@ -131,7 +133,7 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=results,
                 stderr=messages,
-                cwd=self.folder,
+                cwd=self.where or self.folder,
                 env={**os.environ, **self.environment},
             )
         self._running.append(process)

@@ -37,9 +37,9 @@ def without(what: str, free_gib: float, access: Any = "writable") -> tuple[Place
     return tuple(replace(one, free_gib=free_gib, access=access) if one.what == what else one for one in PLACES)
 
 
-def old(card: Gpu, *capability: int) -> tuple[Gpu, ...]:
+def old(card: Gpu, major: int, minor: int) -> tuple[Gpu, ...]:
     """A card of another generation."""
-    return (replace(card, capability=capability),)
+    return (replace(card, capability=(major, minor)),)
 
 
 # check, what is amiss, verdict, words of the finding or its fix

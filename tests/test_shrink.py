@@ -52,8 +52,8 @@ def real_base(corpus: Path, folder: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", REAL)
 def test_real_bases_are_built_loaded_and_asked(name: str, corpus: Path, tmp_path: Path) -> None:
     real = json.loads((corpus / "data" / "configs" / REAL[name][0] / "config.json").read_text())
-    quantize = "int8" if "int8" in name else "nf4"
-    source = find_base(Base(name=str(real_base(corpus, tmp_path / "real", name)), quantize=quantize))
+    folder = str(real_base(corpus, tmp_path / "real", name))
+    source = find_base(Base(name=folder, quantize="int8" if "int8" in name else "nf4"))
     parameters = write_shrunk(source, tmp_path / "small", seed=1)
     assert parameters < 40e6
     small = Base(name=str(tmp_path / "small"), quantize="nf4")

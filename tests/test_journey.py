@@ -105,6 +105,38 @@ def test_the_folder_holds_what_is_documented_and_nothing_else(journey: tuple[Pat
     assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
+def test_the_report_tells_of_this_run(journey: tuple[Path, str]) -> None:
+    place, printed = journey
+    folder = place / "out"
+    page, manifest = (folder / "report.html").read_text(encoding="utf-8"), read_manifest(folder)
+    for name, score in manifest.scores.items():
+        assert f"{name} " in page
+        assert f">{score.base:.4f}<" in page and f">{score.adapter:.4f}<" in page
+    assert "Training rows that stay hard" in page and "26 of 26 training rows were read" in page
+    assert "Answers side by side" in page and "loss (nats per token), steps 1 to 6" in page
+    assert "0 of 4 held-out rows share" in page and manifest.ledger["overlap"]["trained"] == 26
+    assert "lora-tune eval path/to/this/folder" in page and "lora-tune eval path/to/this/folder" in (
+        folder / "README.md"
+    ).read_text(encoding="utf-8")
+    assert "out/report.html" in printed
+
+
+def test_the_command_beside_the_scores_makes_them_again(journey: tuple[Path, str]) -> None:
+    place, _ = journey
+    manifest, card = read_manifest(place / "out"), (place / "out" / "README.md").read_text(encoding="utf-8")
+    (command,) = {line.split("`")[1] for line in card.splitlines() if line.startswith("Made again by `lora-tune eval")}
+    words = command.replace("path/to/this/folder", "out").replace("path/to/the/base", "base").split()
+    again = process(place, "lora_tune", *words[1:], "--json", "--report", "again.html")
+    out, err = again.communicate(timeout=280)
+    assert again.returncode == 0, err
+    assert json.loads(out)["rows"] == 4
+    for name, score in manifest.scores.items():
+        found = json.loads(out)["metrics"][name]
+        assert {**score.model_dump(), "difference": found["difference"]} == found, name
+    page = (place / "again.html").read_text(encoding="utf-8")
+    assert command in page and "Answers side by side" in page and str(place) not in page
+
+
 def test_no_secret_path_user_or_host_is_in_the_folder_or_on_the_screen(journey: tuple[Path, str]) -> None:
     place, printed = journey
     words = [CANARY, str(place), "very-private-folder", str(Path.home())]

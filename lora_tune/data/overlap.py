@@ -95,7 +95,8 @@ def overlap(
         looked_for.search(block, first_row=first)
     shares, owners, common = looked_for.found()
     touched = np.flatnonzero(shares > 0)
-    order = touched[np.lexsort((touched, [-len(rows[row]) for row in touched], -shares[touched]))][:shown]
+    lengths = np.array([-len(row) for row in rows])  # longest first
+    order = touched[np.lexsort((touched, lengths[touched], -shares[touched]))][:shown]
     worst = tuple(
         SharedRow(
             place_of(evaluated[row].file, evaluated[row].line),

@@ -165,7 +165,7 @@ def histogram(title: str, values: Sequence[float], *, name: str, marked: float) 
     axes.bar(edges[:-1], counts, width=np.diff(edges) * 0.9, align="edge", color=colours)
     axes.set_xlabel("loss of a row (nats per token)")
     axes.set_ylabel("rows")
-    axes.yaxis.get_major_locator().set_params(integer=True, nbins=4)
+    axes.locator_params(axis="y", nbins=4, integer=True)
     middle, highest = number_text(float(np.median(values))), number_text(max(values))
     about = f"{title}: {len(values):,} rows, median {middle}, highest {highest}."
     return Picture(title, about, _svg(figure, name=name, label=about))
@@ -253,7 +253,7 @@ def _fitting(label: str) -> str:
 
 def _steps_axis(axes: Axes, steps: Sequence[float]) -> None:
     axes.set_xlabel("optimizer step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", nbins=5, integer=True)
     if min(steps) == max(steps):
         axes.set_xlim(steps[0] - 1, steps[0] + 1)
 

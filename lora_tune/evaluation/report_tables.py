@@ -157,6 +157,7 @@ def training_table(training: TrainingRecord, *, seed: int, held: str) -> Table:
         ("trainable parameters", training.trainable_parameters),
         ("batch", batch),
         *(replan_words(replan) for replan in training.replans),
+        ("time budget", training.budget),
         ("longest sequence", f"{training.max_length:,} tokens"),
         ("learning rate", f"{training.learning_rate:g}, {training.schedule}"),
         ("optimizer", training.optimizer),

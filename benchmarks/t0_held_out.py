@@ -53,7 +53,7 @@ def write_recipe(folder: Path, corpus: Path, *, base: str, rows: int, steps: int
         "base": {"name": base, "quantize": "none"},
         "data": sources,
         "lora": {"rank": 16, "alpha": 32},
-        "train": {"max_steps": steps, "batch_size": 8, "learning_rate": 1e-3, "max_length": 512, "too_long": "drop"},
+        "train": {"max_steps": steps, "batch_size": 8, "learning_rate": 1e-3, "max_length": 384, "too_long": "drop"},
         "limits": {"dropped_rows": "100%"},
         "eval": {
             "hold_out": 40, "hold_out_tasks": ["paraphrase"], "max_rows": rows, "metrics": ["loss", "accuracy"],
@@ -128,8 +128,8 @@ def main() -> None:
         "--corpus", type=Path, required=True, help="the folder with datasets/t0 and datasets/promptsource"
     )
     parser.add_argument("--base", default="builtin:quickstart")
-    parser.add_argument("--rows", type=int, default=50, help="rows asked of each held-out data set")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--rows", type=int, default=25, help="rows asked of each held-out data set")
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--out", type=Path, default=RESULT)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

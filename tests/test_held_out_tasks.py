@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from lora_tune.cli import main
 from lora_tune.evaluation.bootstrap import paired_interval, paired_p_value
 from lora_tune.evaluation.metrics import mean_of
 from lora_tune.evaluation.scores import Comparison, Score
-from lora_tune.evaluation.spread import spread, spreads
+from lora_tune.evaluation.spread import spread, spreads, templates_table
 
 PROMPTS = """\
 templates:
@@ -117,3 +119,13 @@ def test_one_row_proves_nothing() -> None:
     base, adapter = mean_of([1.5]), mean_of([0.5])
     assert paired_p_value(base, adapter, seed=1) == 1.0
     assert paired_interval(base, adapter, seed=1) == (-1.0, -1.0)
+
+
+def test_the_table_fits_into_eighty_columns_with_every_number() -> None:
+    templates = {f"a template with a long name, number {n}": {"accuracy": score(n / 9, 0.5)} for n in range(3)}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(templates_table(Comparison(scores={}, samples=(), templates={"nli": templates})))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for number in ("0.0000", "0.1111", "0.2222", "median of 3", "upper quartile", "-1.0000 … +1.0000"):
+        assert number in text

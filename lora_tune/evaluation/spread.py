@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from lora_tune.evaluation.scores import Comparison, Direction, Score
@@ -89,34 +90,34 @@ def tasks_as_json(comparison: Comparison | None) -> dict[str, Any]:
     }
 
 
-def templates_table(comparison: Comparison) -> Table:
-    """Base and adapter for each task, metric and template; below the templates of a task, median and quartiles."""
-    table = Table(title="tasks by template", title_justify="left")
-    for column in ("task", "template", "metric", "base", "adapter", "difference", "95 % interval", "rows"):
-        side = "left" if column in ("task", "template", "metric") else "right"
-        table.add_column(column, justify=side, overflow="fold", no_wrap=side == "right")
+def templates_table(comparison: Comparison) -> RenderableType:
+    """A table for each task: base and adapter by template, then their median and quartiles; fits into 80 columns."""
     over = spreads(comparison)
+    tables = []
     for task, templates in comparison.templates.items():
+        table = Table(title=printable(f"{task}, by template"), title_justify="left")
+        table.add_column("template", overflow="fold")
+        table.add_column("metric", overflow="fold")
+        for column in ("base", "adapter", "95 % interval", "rows"):
+            table.add_column(column, justify="right", no_wrap=True)
         for name in dict.fromkeys(name for scores in templates.values() for name in scores):
             for template, scores in templates.items():
                 if name in scores:
-                    table.add_row(printable(task), printable(template), name, *_cells(scores[name]))
+                    table.add_row(printable(template), name, *_cells(scores[name]))
             if one := over.get(task, {}).get(name):
-                table.add_row(printable(task), f"median of {one.templates}", name, *_summary(one), style="bold")
-        table.add_section()
-    return table
+                _summary(table, name, one)
+            table.add_section()
+        tables.append(table)
+    return Group(*tables)
 
 
 def _cells(score: Score) -> tuple[str, ...]:
-    interval = f"{score.low:+.4f} … {score.high:+.4f}"
-    return f"{score.base:.4f}", f"{score.adapter:.4f}", f"{score.difference:+.4f}", interval, str(score.rows)
+    return f"{score.base:.4f}", f"{score.adapter:.4f}", f"{score.low:+.4f} … {score.high:+.4f}", str(score.rows)
 
 
-def _summary(one: Spread) -> tuple[str, ...]:
-    base, adapter = (f"{low:.4f}–{high:.4f}" for low, high in (one.base_quartiles, one.adapter_quartiles))
-    difference = f"{one.adapter - one.base:+.4f}"
-    return f"{one.base:.4f}\n({base})", f"{one.adapter:.4f}\n({adapter})", difference, _moved(one), ""
-
-
-def _moved(one: Spread) -> str:
-    return f"{one.better} better, {one.worse} worse"
+def _summary(table: Table, name: str, one: Spread) -> None:
+    """Median and quartiles as three rows."""
+    moved = f"{one.better} better, {one.worse} worse"
+    table.add_row(f"median of {one.templates}", name, f"{one.base:.4f}", f"{one.adapter:.4f}", moved, style="bold")
+    for label, place in (("lower quartile", 0), ("upper quartile", 1)):
+        table.add_row(label, name, f"{one.base_quartiles[place]:.4f}", f"{one.adapter_quartiles[place]:.4f}")

@@ -104,6 +104,19 @@ class DataRecord(_Record):
     revision: str | None = None
 
 
+class ReplanRecord(_Record):
+    """A plan that changed in mid-training: a smaller micro-batch, or other steps for the time left."""
+
+    step: int
+    """From this step on; 0: before the first."""
+    micro_batch_size: int | None = None
+    accumulation: int | None = None
+    reason: str = ""
+    steps: int | None = None
+    """Steps that fit into the budget by now."""
+    step_s: float | None = None
+
+
 class TrainingRecord(_Record):
     """What training did, with every value that was resolved at run time."""
 
@@ -125,8 +138,14 @@ class TrainingRecord(_Record):
     optimizer: str
     schedule: str
     gradient_checkpointing: int | str | None = None
+    plan: str | None = None
+    """Why micro-batch, recomputed layers and optimizer were chosen, as it was printed."""
     trainable_parameters: int | None = None
     peak_gib: float | None = None
+    budget: str | None = None
+    """The time that the training was given."""
+    replans: tuple[ReplanRecord, ...] = ()
+    """Plans that changed; `micro_batch_size` and `accumulation` are those of the last step."""
     device: str | None = None
     """Kind of device, such as `cpu` or `NVIDIA L4`; never a host name."""
 

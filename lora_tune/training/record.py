@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lora_tune.adapter.folder import TrainingRecord
+from lora_tune.adapter.folder import ReplanRecord, TrainingRecord
 from lora_tune.recipe import Recipe
 from lora_tune.training.progress import read_metrics
 
@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 def training_record(folder: Path, recipe: Recipe, *, model: PeftModel, prepared: Prepared) -> TrainingRecord:
     """Sum up the steps in `metrics.jsonl`, so that a resumed run counts all of them; seconds are those of the steps."""
-    train, rows = recipe.train, [row for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    train, lines = recipe.train, read_metrics(folder / "metrics.jsonl")
+    rows = [row for row in lines if "loss" in row]
+    replans = tuple(ReplanRecord(**row["replan"]) for row in lines if "replan" in row)
     micro_batch_size = train.batch_size if train.micro_batch_size == "auto" else train.micro_batch_size
+    micro_batch_size = min([micro_batch_size, *(found.micro_batch_size or micro_batch_size for found in replans)])
     return TrainingRecord(
         method=recipe.lora.method,
         steps=len(rows),
@@ -40,5 +43,7 @@ def training_record(folder: Path, recipe: Recipe, *, model: PeftModel, prepared:
         gradient_checkpointing=train.gradient_checkpointing,
         trainable_parameters=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         peak_gib=max((row["gib"] for row in rows), default=None),
+        budget=train.budget,
+        replans=replans,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     )

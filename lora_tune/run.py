@@ -17,7 +17,7 @@ from lora_tune.adapter.claim import Mode, claim_folder
 from lora_tune.adapter.folder import Manifest, ScoreRecord, read_manifest
 from lora_tune.disk import disk_text
 from lora_tune.errors import CheckFailed, Problem, RecipeError, UsageError
-from lora_tune.model.memory import device_budget, plan_memory
+from lora_tune.model.memory import plan_here
 from lora_tune.model.source import BaseSource, check_against_base, find_base, load_tokenizer
 from lora_tune.recipe import Recipe, Train
 from lora_tune.recipe_file import RecipeFile, read_recipe
@@ -72,20 +72,20 @@ def run(
         if start.finished:
             _prove(folder, recipe, trust_remote_code=trust_remote_code)
             return read_manifest(folder), None
-        recipe = _resolve(recipe, source, start=start)
+        recipe, reason = _resolve(recipe, source, start=start)
         take_room(folder, recipe, source, start=start)
         # 4. The frozen base, with a trainable adapter on it.
         model = _load(recipe, source, prepared, trust_remote_code=trust_remote_code)
         chat.align(model)
         # 5. The largest of everything is tried once; then training, with checkpoints, a live display and metrics.jsonl.
         with activity("training", display="own"):
-            planned = Planned(source.config, recipe.base, recipe.lora, recipe.train, preflight)
+            planned = Planned(source.config, recipe.base, recipe.lora, recipe.train, preflight, reason)
             _train(model, recipe, prepared, chat=chat, start=start, planned=planned)
         # 6. Base against adapter on the same held-out rows.
         with activity("comparing base and adapter", display="own"):
             comparison = _compare(model, recipe, prepared, chat=chat)
         # 7. The adapter folder: weights, tokenizer, template, recipe, ledger, test vectors, report, card, manifest.
-        manifest = _write(folder, recipe, source, prepared, chat=chat, model=model, comparison=comparison)
+        manifest = _write(recipe, source, prepared, chat=chat, model=model, comparison=comparison, reason=reason)
     # 8. Proof: another process loads the folder on the base and replays the test vectors.
     _prove(folder, recipe, trust_remote_code=trust_remote_code)
     return manifest, comparison
@@ -150,27 +150,21 @@ def _find_start(
     return find_start(Path(recipe.output), identity, mode=mode, allowed=allowed, report=messages().print)
 
 
-def _resolve(recipe: Recipe, source: BaseSource, *, start: Start) -> Recipe:
-    """The recipe with its `auto` values decided: from memory for a new run, from the checkpoint for a resumed one."""
+def _resolve(recipe: Recipe, source: BaseSource, *, start: Start) -> tuple[Recipe, str]:
+    """The recipe with its `auto` values decided, and why: planned for a new run, of a resumed one in the checkpoint."""
     if start.found is not None:
-        resolved = start.found.run["resolved"].items()
-        changes = {name: value for name, value in resolved if name in Train.model_fields}
+        resolved = start.found.run["resolved"]
+        reason = str(resolved.get("reason", ""))
+        changes = {name: value for name, value in resolved.items() if name in Train.model_fields}
         for name in ("micro_batch_size", "gradient_checkpointing"):
             if f"train.{name}" in start.allowed and getattr(recipe.train, name) != "auto":
                 changes[name] = getattr(recipe.train, name)
     else:
-        device, budget_gib = device_budget()
-        plan = plan_memory(
-            source.config, base=recipe.base, lora=recipe.lora, train=recipe.train, budget_gib=budget_gib, device=device
-        )
+        plan = plan_here(source.config, base=recipe.base, lora=recipe.lora, train=recipe.train)
         messages().print(plan.reason)
-        changes = {
-            "micro_batch_size": plan.micro_batch_size,
-            "gradient_checkpointing": plan.gradient_checkpointing,
-            "optimizer": "adamw" if recipe.train.optimizer == "auto" else recipe.train.optimizer,
-        }
+        changes, reason = plan.resolved, plan.reason
     train = Train.model_validate(recipe.train.model_dump() | changes)
-    return recipe.model_copy(update={"train": train})
+    return recipe.model_copy(update={"train": train}), reason
 
 
 def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remote_code: str | None) -> PeftModel:
@@ -206,7 +200,8 @@ def _train(
     facts = RunFacts(
         identity=start.identity,
         allowed=start.allowed,
-        resolved=train.model_dump(include={"micro_batch_size", "gradient_checkpointing", "optimizer"}),
+        resolved=train.model_dump(include={"micro_batch_size", "gradient_checkpointing", "optimizer"})
+        | {"reason": planned.reason},
         groups=partial(parameter_groups, model, lora=lora, train=train) if lora.plus_ratio else None,
         sources=[entry.name for entry in prepared.identities],
         display=TrainingDisplay(folder),
@@ -262,7 +257,6 @@ def _compare(model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: Chat
 
 
 def _write(
-    folder: Path,
     recipe: Recipe,
     source: BaseSource,
     prepared: Prepared,
@@ -270,8 +264,10 @@ def _write(
     chat: ChatTemplate,
     model: PeftModel,
     comparison: Comparison,
+    reason: str,
 ) -> Manifest:
     """Everything that the adapter folder tells about this run."""
+    folder = Path(recipe.output)
     free_room(folder)
     with activity(f"writing {folder}"):
         from lora_tune.adapter.vectors import make_test_vectors, precision
@@ -290,7 +286,7 @@ def _write(
             chat=chat,
             identities=prepared.identities,
             ledger=prepared.ledger.as_json(),
-            training=training_record(folder, recipe, model=model, prepared=prepared),
+            training=training_record(folder, recipe, model=model, prepared=prepared).because(reason),
             vectors=make_test_vectors(model, chat, made_on=here),
             scores={name: ScoreRecord(**asdict(score)) for name, score in comparison.scores.items()},
             samples=comparison.samples,

@@ -163,14 +163,13 @@ def test_a_measured_card_is_planned_by_its_measurements() -> None:
     before = tried(LLAMA_3, base=Base(name="x"), lora=Lora(), train=Train(micro_batch_size=1), gib=48.0, card=CARD)
     assert before.calibrated == 0
     calibration.remember(
-        CARD.name, predicted={"peak": before.allocated_gib}, measured={"peak": 1.1 * before.allocated_gib},
+        CARD.name, predicted={"peak": before.peak_gib}, measured={"peak": 1.1 * before.peak_gib},
         step_s=(1.0, 1.2),
     )  # fmt: skip
     try:
         after = tried(LLAMA_3, base=Base(name="x"), lora=Lora(), train=Train(micro_batch_size=1), gib=48.0, card=CARD)
         assert after.calibrated == 1 and after.formula_gib == before.formula_gib
-        allocated = after.peak_gib - after.parts_gib["runtime"]
-        assert allocated == pytest.approx(1.1 * before.allocated_gib)
+        assert after.peak_gib == pytest.approx(1.1 * before.peak_gib)
         assert after.uncertainty_gib < before.uncertainty_gib and after.uncertainty_gib <= 0.031 * after.peak_gib
         assert before.step_s and after.step_s == pytest.approx(1.2 * before.step_s)
         other = tried(LLAMA_3, base=Base(name="x"), lora=Lora(), train=Train(), gib=24.0, card=CARDS["rtx3090"])

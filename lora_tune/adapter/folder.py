@@ -149,6 +149,10 @@ class TrainingRecord(_Record):
     device: str | None = None
     """Kind of device, such as `cpu` or `NVIDIA L4`; never a host name."""
 
+    def because(self, reason: str) -> TrainingRecord:
+        """The same record with the reason of its plan."""
+        return self.model_copy(update={"plan": reason or None})
+
 
 class ScoreRecord(_Record):
     """One metric of base and adapter on the same held-out rows."""

@@ -111,11 +111,11 @@ def _head(path: Path) -> tuple[list[Mapping[str, Any]], float] | None:
         if start == b"PAR1":
             return _parquet_head(path)
         records = islice(read_file(path), _ROWS + 1)
-        rows = [record.row for record in records if record.row is not None]
+        rows: list[Mapping[str, Any]] = [record.row for record in records if record.row is not None]
     except OSError:
         return None
     if len(rows) <= _ROWS:
-        return list(rows), 1.0
+        return rows, 1.0
     rows = rows[:_ROWS]
     size = path.stat().st_size * (_PACKED_SQUEEZE if start[:2] == b"\x1f\x8b" else 1)
     return rows, min(1.0, sum(map(_bytes, rows)) / max(1, size))

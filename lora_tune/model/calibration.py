@@ -91,8 +91,8 @@ def remember(
 ) -> None:
     """Add one measurement: GiB by part (names of `MemoryPlan.parts_gib`, or `peak`); what one side lacks is left out.
 
-    `predicted` must come from the formulas alone (`MemoryPlan.formula_gib`; as `peak` its `allocated_gib`, which is
-    what torch counts as allocated), not from a plan that was corrected by an earlier measurement. `step_s` is
+    `predicted` must come from the formulas alone (`MemoryPlan.formula_gib`; as `peak` the sum of it), not from a plan
+    that was corrected by an earlier measurement; a measured `peak` holds the runtime as well. `step_s` is
     (predicted, measured) seconds of one optimizer step. A cache folder that cannot be written is no error: the next
     plan is as exact as this one was.
     """

@@ -97,9 +97,9 @@ def parts_gib(job: Job, choice: Choice) -> dict[str, float]:
     if job.calibration is None or "peak" not in job.calibration.ratios:
         return found
     counted = sum(found[name] for name in EXACT)
-    allocated = sum(found.values()) - found["runtime"]
-    estimated = max(allocated - counted, 1e-9)
-    factor = min(3.0, max(0.3, (allocated * job.calibration.ratios["peak"] - counted) / estimated))
+    total, fixed = sum(found.values()), counted + found["runtime"]
+    estimated = max(total - fixed, 1e-9)
+    factor = min(3.0, max(0.3, (total * job.calibration.ratios["peak"] - fixed) / estimated))
     return {name: size if name in (*EXACT, "runtime") else size * factor for name, size in found.items()}
 
 

@@ -87,14 +87,6 @@ class MemoryPlan:
             "optimizer": self.optimizer,
         }
 
-    @property
-    def allocated_gib(self) -> float:
-        """The peak that the formulas give without context and fragmentation: what torch counts as allocated.
-
-        `calibration.remember` takes it as `predicted["peak"]` beside torch's own peak.
-        """
-        return sum(self.formula_gib.values()) - self.formula_gib["runtime"]
-
 
 def plan_here(config: Mapping[str, Any], *, base: Base, lora: Lora, train: Train) -> MemoryPlan:
     """The plan for this machine: its first visible GPU with what is free there, else its memory.

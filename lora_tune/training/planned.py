@@ -19,7 +19,7 @@ _ENOUGH_GIB = float(2**20)  # more than any device has: what is asked here is ho
 class Planned:
     """The plan's side of a measurement: what the formulas give for this run, with nothing left at `auto`.
 
-    `preflight` says whether it is measured before training.
+    `preflight` says whether it is measured before training; `reason` why the values at `auto` were chosen.
 
     Only measurements of a GPU are remembered: the resident memory of a process is no measure of what a training needs.
     """
@@ -29,6 +29,7 @@ class Planned:
     lora: Lora
     train: Train
     preflight: Literal["on", "off"] = "on"
+    reason: str = ""
 
     def at(self, micro_batch_size: int, *, tokens: int | None = None, machine: Machine | None = None) -> MemoryPlan:
         """The plan at this micro-batch; `tokens` are those in it, where its rows are shorter than `max_length`."""

@@ -180,10 +180,14 @@ def test_the_first_line_comes_at_once_and_no_connection_is_made(tmp_path: Path) 
     assert process.stdout is not None
     first = process.stdout.readline()
     seconds = time.monotonic() - start
-    rest, _ = process.communicate(timeout=120)
+    lines = [first]
+    while lines[-1] and not lines[-1].startswith("✓ clock"):
+        lines.append(process.stdout.readline())
+    process.kill()  # what follows imports torch, and is tried above
+    process.wait()
     assert first.startswith("✓ python") and seconds < 3, "0.35 s where nothing else runs"
-    assert process.returncode == 0, rest
-    assert "a token is set" in rest and secret not in rest and "✓ 4 bit" in rest
+    printed = "".join(lines)
+    assert "✓ clock" in printed and "a token is set" in printed and secret not in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -307,4 +311,4 @@ def test_the_hub_is_asked_only_when_told_to(endpoint: tuple[str, list[str]], tmp
             [sys.executable, "-c", code], env={**quiet, **environment}, cwd=tmp_path, capture_output=True, text=True
         )
         assert word in done.stdout, done.stderr
-    assert len(paths) >= 2 and paths[0].startswith("/api/models/Qwen/Qwen2.5-7B")
+    assert sum(path.endswith("/api/models/Qwen/Qwen2.5-7B") for path in paths) == 2, "offline it was not asked"

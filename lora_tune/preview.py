@@ -97,6 +97,10 @@ def look(
             if on_refusal is not None:
                 on_refusal(conversations.ledger.table())
             raise
+        if conversations.held_out:
+            from lora_tune.data.overlap import overlap
+
+            prepared.ledger.overlap = overlap(conversations.train, conversations.held_out)
     nearly = None
     if search == "near":
         with activity("looking for near duplicates"):

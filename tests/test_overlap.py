@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_tune.cli import main
 from lora_tune.data.conversation import Conversation, Message
 from lora_tune.data.ledger import Ledger
 from lora_tune.data.overlap import COMMON, MOSTLY, Overlap, overlap, trained_sources
@@ -136,3 +139,24 @@ def test_a_source_that_was_trained_on_is_named() -> None:
 def test_nothing_evaluated_is_nothing_found() -> None:
     found = overlap(rows(["a"]), [])
     assert found == Overlap(13, 0, 1, 0, 0, 0, (), found.seconds)
+
+
+def test_preview_gives_the_account_of_the_run(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of four held-out rows differs from a training row in its answer's last word alone."""
+    monkeypatch.chdir(tmp_path)
+    train = [{"prompt": words(12, n), "completion": words(4, 100 + n)} for n in range(20)]
+    held = [{"prompt": words(12, 50 + n), "completion": words(4, 150 + n)} for n in range(3)]
+    held.append({"prompt": train[7]["prompt"], "completion": train[7]["completion"] + " other"})
+    for name, content in {"train.jsonl": train, "held.jsonl": held}.items():
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    recipe = {"base": {"name": str(tiny_base), "quantize": "none"}, "data": [{"source": "train.jsonl"}]}
+    recipe |= {"eval": {"hold_out": "held.jsonl"}, "output": "out"}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    assert main(["preview", "recipe.yaml", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    found = answer["ledger"]["overlap"]
+    assert (found["rows"], found["trained"], found["touched"], found["mostly"]) == (4, 20, 1, 1)
+    assert found["worst"][0]["place"] == "held.jsonl:4" and found["worst"][0]["trained"] == "train.jsonl:8"
+    assert any("1 of 4 held-out rows share 70% or more" in problem["reason"] for problem in answer["problems"])

@@ -113,8 +113,8 @@ def repeat_commands(base: Literal["hub", "builtin", "local"]) -> dict[str, str]:
     again = f"lora-tune run {_RECIPE}"
     return {
         **dict.fromkeys(("scores", "tasks", "samples"), f"lora-tune eval {_FOLDER}{where}"),
-        **dict.fromkeys(("training", "curves", "hard", "overlap", "cost"), again),
-        "data": f"lora-tune preview {_RECIPE} --json",
+        **dict.fromkeys(("training", "curves", "hard", "cost"), again),
+        **dict.fromkeys(("data", "overlap"), f"lora-tune preview {_RECIPE} --json"),
         "vectors": f"lora-tune adapters verify {_FOLDER}{where}",
     }
 
@@ -226,6 +226,7 @@ def _training(manifest: Manifest, recipe: Recipe, config: Mapping[str, Any], com
         ("steps", training.steps),
         ("batch", f"{training.batch_size} sequences ({training.micro_batch_size} × {training.accumulation})"),
         *(replan_words(replan) for replan in training.replans),
+        ("time given", training.budget),
         ("longest sequence", f"{training.max_length} tokens"),
         ("learning rate", f"{training.learning_rate:g}, {training.schedule}"),
         ("optimizer", training.optimizer),

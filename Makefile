@@ -1,5 +1,6 @@
 # make quickstart   from a clean clone to a trained adapter: a virtual environment, the pinned packages, one run
 # make test         ruff, mypy and all tests in the same environment
+# make faults       kills, damage, full disks and power cuts at every file operation; LORA_TUNE_CORPUS has the injector
 #
 # Needs Python 3.11 or newer with pip, and nothing else. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS …) hold. A
 # torch that the chosen PYTHON already has is used; else the pinned one is installed before anything can ask for another.
@@ -17,13 +18,17 @@ PIP := $(PY) -m pip install --quiet
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test lint typecheck example-adapter wheel clean
+.PHONY: quickstart test faults lint typecheck example-adapter wheel clean
 
 quickstart: $(VENV)/.installed
 	$(PY) -m lora_tune.run recipes/quickstart.yaml --overwrite
 
 test: lint typecheck
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing
+
+# every fault of tests/faults at every file operation of a run (half an hour); goes on where it was interrupted
+faults: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m tests.faults.grid --workers $(WORKERS)
 
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check .

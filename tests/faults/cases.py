@@ -10,11 +10,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.faults import places
 from tests.faults.driver import RESUME, RUN, Attempt, Fault, Result, Server, process, result
 
+_UNDAMAGED = "the other file has the same bytes"
 NF4, *OTHERS = places.CONFIGURATIONS
 _WRITES = ("write", "writev", "pwrite", "sendfile", "copy_file_range")  # operations that have a middle
 _FULL = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EDQUOT": errno.EDQUOT, "EROFS": errno.EROFS, "EACCES": errno.EACCES}
@@ -98,6 +99,8 @@ class Grid:
     folder: Path
     servers: dict[str, Server] = field(default_factory=dict)
     references: dict[str, Reference] = field(default_factory=dict)
+    proof: Literal["made", "left out"] = "made"
+    """Whether a finished folder is loaded and verified at the end, of which the same bytes were verified before."""
     keep: Path | None = None
     """Where the folders of lost cases are kept."""
 
@@ -160,7 +163,7 @@ class Grid:
 
     def _run(self, case: Case, folder: Path, arguments: Sequence[str], fault: Fault | None) -> Attempt:
         if case.server != "process":
-            return self.server(case.server).run(folder, arguments, fault)
+            return self.server(case.server).run(folder, arguments, fault, proof=self.proof)
         if fault is None:
             return process(self.library, folder, arguments, {})
         if fault.kill_after_s is not None:
@@ -175,21 +178,22 @@ class Grid:
         if case.damage is None:
             raise ValueError(case)
         file, kind = case.damage
-        killed = self._killed(case.configuration, seed="")
+        killed = self._killed(case.configuration)
         places.copy_place(killed, folder)
         newest, older = (folder / "work/out/checkpoints" / f"step-{step:08d}" for step in (4, 2))
-        other = self._killed(case.configuration, seed="seed=7") / "work/out/checkpoints" / newest.name
-        damage(newest / file, kind, older=older / file, other=other / file)
-        return Attempt(-9, (), "")
+        other = self._killed(case.configuration, "seed=7", "train.learning_rate=2e-3") / "work/out/checkpoints"
+        damage(newest / file, kind, older=older / file, other=other / newest.name / file)
+        before = (killed / "work/out/checkpoints" / newest.name / file).read_bytes()
+        same = (newest / file).exists() and (newest / file).read_bytes() == before
+        return Attempt(-9, (), _UNDAMAGED if same else "")
 
-    def _killed(self, configuration: str, *, seed: str) -> Path:
+    def _killed(self, configuration: str, *overrides: str) -> Path:
         """A run that was killed when its third checkpoint was about to be written."""
         reference = self.reference(configuration)
-        folder = self.folder / f"killed-{list(places.CONFIGURATIONS).index(configuration)}{seed}"
+        folder = self.folder / "-".join(["killed", str(list(places.CONFIGURATIONS).index(configuration)), *overrides])
         if not folder.exists():
             places.copy_place(reference.place, folder)
-            arguments = (*RUN, *([seed] if seed else []))
-            self.server("plain").run(folder, arguments, Fault("kill_before", reference.save(6).start))
+            self.server("plain").run(folder, (*RUN, *overrides), Fault("kill_before", reference.save(6).start))
         return folder
 
 
@@ -198,6 +202,9 @@ def judge(case: Case, attempts: Sequence[Attempt], found: Result | None, wanted:
     said = "".join(attempt.err for attempt in attempts)
     if attempts[-1].code != 0 or found is None:
         return f"the last run ended with {attempts[-1].code}: {attempts[-1].err[-600:]}"
+    for attempt, fault in zip(attempts, case.faults, strict=False):
+        if attempt.code not in (0, *_expected(fault)):
+            return f"the struck run ended with {attempt.code}: {attempt.err[-600:]}"
     if "Traceback" in said or "a fault in lora_tune" in said:
         return f"a fault or traceback: {said[-600:]}"
     if found.losses != wanted.losses:
@@ -210,13 +217,25 @@ def judge(case: Case, attempts: Sequence[Attempt], found: Result | None, wanted:
     steps = dict(wanted.losses)
     if any(steps.get(step) != loss for attempt in attempts for step, loss in attempt.steps):
         return "a step that was taken again had another loss"
-    if case.damage is not None:
+    if case.damage is not None and attempts[0].err != _UNDAMAGED:
         first = attempts[-1].steps[0][0] if attempts[-1].steps else 0
-        if case.damage[0] not in said or first != 3:
+        named = case.damage[0] in said or ("set aside as damaged-step-00000004" in said and "manifest" in case.name)
+        if not named or first != 3:
             return f"no fall back that names {case.damage[0]}: first step {first}: {said[-600:]}"
-    elif case.server != "process" and all(fault.mode.startswith("kill") or fault.signal for fault in case.faults):
+    elif (
+        case.damage is None
+        and case.server != "process"
+        and all(fault.mode.startswith("kill") or fault.signal for fault in case.faults)
+    ):
         return _repeated(case, attempts)
     return ""
+
+
+def _expected(fault: Fault) -> tuple[int, ...]:
+    """The exit codes with which a run may end that is struck by this."""
+    if fault.signal:
+        return (128 + int(fault.signal["number"]),)
+    return (2, 4) if fault.mode.startswith("fail") else (-signal.SIGKILL,)
 
 
 def _repeated(case: Case, attempts: Sequence[Attempt]) -> str:
@@ -235,7 +254,7 @@ def _repeated(case: Case, attempts: Sequence[Attempt]) -> str:
 
 FILES = (
     "adapter.safetensors", "optimizer.safetensors", "optimizer.json", "random.safetensors", "random.json",
-    "schedule.json", "trainer_state.json", "run.json", "manifest.json",
+    "schedule.json", "trainer_state.json", "run.json", "manifest.json", "metrics.jsonl",
 )  # fmt: skip
 DAMAGES = (
     "missing", "empty", "half", "a byte short", "a byte more", "zeros in the second half", "a bit of the data",

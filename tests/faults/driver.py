@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ("run", "recipe.yaml")
@@ -103,12 +103,21 @@ class Server:
             self._process.stdin.close()
         self._process.wait(timeout=60)
 
-    def run(self, case: Path, arguments: Sequence[str], fault: Fault | None = None, *, learn: str = "") -> Attempt:
+    def run(
+        self,
+        case: Path,
+        arguments: Sequence[str],
+        fault: Fault | None = None,
+        *,
+        learn: str = "",
+        proof: Literal["made", "left out"] = "made",
+    ) -> Attempt:
         """One run in `case/work` with this fault; waits for its end."""
         if self._process.stdin is None or self._process.stdout is None:
             raise RuntimeError("the server is not running")
         before = {name: _size(case / name) for name in ("steps.txt", "err.txt", "out.txt")}
         request = {"id": next(self._numbers), "case": str(case), "arguments": list(arguments), "learn": learn}
+        request["proof"] = proof
         print(json.dumps(request | (fault or Fault()).as_request()), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:

@@ -64,7 +64,7 @@ ROWS = (
     _row((TORCHTUNE, LLAMA_8B, "rtx4090"), (2, 2048, 8, "all-linear"), ("none", "all"), (16.2, 3083),
          "compiled; 16-bit adapters; torch's count without context"),
     _row((TORCHTUNE, LLAMA_8B, "a6000"), (2, 2048, 8, "all-linear"), ("none", "none"), (30.3, 4699),
-         "compiled: fused norms, rotation and SwiGLU keep less; more FLOP by our count than the card's 155 TFLOP/s give"),
+         "compiled: fused norms, rotation and SwiGLU keep less; by our count more FLOP than the card has"),
     _row((TORCHTUNE, LLAMA_3B, "a100-80"), (2, 4096, 8, "all-linear"), ("none", "all"), (8.5, 8210),
          "compiled; inputs of layers offloaded to the host, of which ours keep 1.3 GiB here; 8-bit AdamW"),
     _row((TORCHTUNE, LLAMA_3B, "a100-80"), (2, 4096, 8, "all-linear"), ("nf4", "all"), (4.6, 8035),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_tune.adapter.folder import VECTORS, Manifest, read_manifest, read_part
+from lora_tune.adapter.merge_card import loss_text, merge_card, merge_table
 from lora_tune.adapter.new_folder import new_folder
 from lora_tune.errors import CheckFailed, Problem, UsageError
 from lora_tune.recipe import Base
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from lora_tune.data.chat_template import ChatTemplate
     from lora_tune.model.fidelity import Comparison, Row
+    from lora_tune.model.methods import SavedAdapter
     from lora_tune.model.source import BaseSource
 
 app = typer.Typer(help="Fold an adapter into its base and prove it.", add_completion=False)
@@ -45,9 +47,9 @@ class Precision(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One merge: the verified folder, its base as trained and where it lies, and the words to measure with."""
+    """One merge: the verified folders, their base as trained and where it lies, and the words to measure with."""
 
-    folder: Path
+    folders: tuple[Path, ...]
     output: Path
     manifest: Manifest
     trained: Base
@@ -56,9 +58,29 @@ class Job:
     rows: tuple[Row, ...]
 
 
+class Method(StrEnum):
+    """How several adapters become one."""
+
+    linear = "linear"
+    svd = "svd"
+    ties = "ties"
+    dare_linear = "dare_linear"
+    dare_ties = "dare_ties"
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """How several adapters are combined before they are folded in."""
+
+    method: Method
+    weights: tuple[float, ...]
+    density: float
+    seed: int
+
+
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="The adapter folder.")],
+    adapters: Annotated[list[Path], typer.Argument(help="The adapter folder; several are combined first.")],
     output: Annotated[Path, typer.Option("--output", help="The new folder of the merged model.")],
     base: Annotated[
         str | None, typer.Option("--base", help="Where its base is: a folder, hub id or builtin: name.")
@@ -73,11 +95,17 @@ def merge(
     max_kl: Annotated[
         float, typer.Option("--max-kl", help="Refuse beyond this divergence from the adapter as trained (nats).", min=0)
     ] = 0.1,
+    method: Annotated[Method, typer.Option("--combine", help="How several adapters become one.")] = Method.linear,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Weight of each adapter, such as 0.7,0.3; equal shares without it.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of numbers that ties and dare keep.", min=0.01, max=1)] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of what dare drops.", min=0)] = 42,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fold an adapter into its base, in bounded memory, measured against the adapter as it was trained."""
-    job, problems = _prepare(adapter, output=output, base_name=base, data=data)
-    facts = _merge(job, precision=precision, max_kl=max_kl)
+    job, problems = _prepare(tuple(adapters), output=output, base_name=base, data=data)
+    facts = _merge(job, Mixture(method, _shares(weights, len(adapters)), density, seed), precision, max_kl=max_kl)
     if as_json:
         print_json({"exit_code": 0, "output": str(output), **facts}, problems)
         return
@@ -86,39 +114,76 @@ def merge(
     results().print(f"{output}: merged into the {facts['chosen']} base, {facts['dtype']}")
 
 
-def _prepare(folder: Path, *, output: Path, base_name: str | None, data: Path | None) -> tuple[Job, list[Problem]]:
+def _shares(text: str | None, count: int) -> tuple[float, ...]:
+    """The weights that were typed, or equal shares. Raises: UsageError for anything but numbers."""
+    if text is None:
+        return (1 / count,) * count
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        weights = ()
+    if len(weights) != count or not all(abs(weight) < 100 for weight in weights):
+        raise UsageError(f"--weights must be {count} numbers such as 0.7,0.3, got {text!r}", "one for each adapter")
+    return weights
+
+
+def _prepare(
+    folders: tuple[Path, ...], *, output: Path, base_name: str | None, data: Path | None
+) -> tuple[Job, list[Problem]]:
     """Everything that is checked before a weight is read."""
     from lora_tune.adapter.verify import recorded_base, verify_folder
     from lora_tune.model.source import find_base
 
     if output.exists():
         raise UsageError(Problem("is there already", "name a new folder", str(output), key="--output"))
-    trained = recorded_base(folder, name=base_name)
-    with activity(f"verifying {folder}"):
-        report = verify_folder(folder, base=trained, depth="quick")
-    if report.errors:
-        raise CheckFailed(report.errors)
-    source, chat = find_base(trained), _chat(folder)
-    rows = _given_rows(data, chat) if data else _vector_rows(folder, source, chat)
-    job = Job(folder, output, read_manifest(folder), trained, source, chat, rows)
-    return job, list(report.problems)
+    problems: list[Problem] = []
+    for folder in folders:
+        trained = recorded_base(folder, name=base_name)
+        with activity(f"verifying {folder}"):
+            report = verify_folder(folder, base=trained, depth="quick")
+        if report.errors:
+            raise CheckFailed(report.errors)
+        problems += report.problems
+    first = folders[0]
+    trained = recorded_base(first, name=base_name)
+    source, chat = find_base(trained), _chat(first)
+    rows = _given_rows(data, chat) if data else _vector_rows(first, source, chat)
+    return Job(folders, output, read_manifest(first), trained, source, chat, rows), problems
 
 
-def _merge(job: Job, *, precision: Precision, max_kl: float) -> dict[str, Any]:
+def _adapter(job: Job, mixture: Mixture) -> SavedAdapter:
+    """The adapter to fold in: the one that was named, or the combination of several."""
+    from lora_tune.adapter.combine import combined
+    from lora_tune.adapter.load import read_adapter
+
+    if len(job.folders) == 1:
+        return read_adapter(job.folders[0])
+    with activity(f"combining {len(job.folders)} adapters"):
+        return combined(
+            job.folders,
+            job.source,
+            weights=mixture.weights,
+            method=mixture.method.value,
+            density=mixture.density,
+            seed=mixture.seed,
+        )
+
+
+def _merge(job: Job, mixture: Mixture, precision: Precision, *, max_kl: float) -> dict[str, Any]:
     """Measure, choose, write; returns what `merge.json` holds."""
     from lora_tune.adapter.folding import folds_of
     from lora_tune.adapter.load import read_adapter
-    from lora_tune.model.streaming import sketch, stored_names
+    from lora_tune.model.fidelity import change_for, compare_candidates, distances
+    from lora_tune.model.fold_writer import write_folded
+    from lora_tune.model.streaming import quantized_names, sketch, stored_names
 
-    saved = read_adapter(job.folder)
+    saved = _adapter(job, mixture)
     model = sketch(job.source)
     names = stored_names(model, job.source)
     if names is None or saved.config.get("trainable_token_indices"):
+        if len(job.folders) > 1:
+            raise UsageError("several adapters of this base cannot be merged", "merge one of them")
         return _merge_whole(job, max_kl=max_kl)
-    from lora_tune.model.fidelity import change_for, compare_candidates
-    from lora_tune.model.fold_writer import write_folded
-    from lora_tune.model.streaming import quantized_names
-
     folds = folds_of(saved)
     with activity("measuring the merge, layer by layer"):
         found = compare_candidates(model, job.source, names, folds=folds, base=job.trained, rows=job.rows)
@@ -131,6 +196,10 @@ def _merge(job: Job, *, precision: Precision, max_kl: float) -> dict[str, Any]:
     _refuse_far(job, chosen.divergence.kl, max_kl)
     stored_dtype = _stored_dtype(job.source)
     facts = {**_identity(job), "dtype": stored_dtype, "chosen": chosen.name, **_measured(found)}
+    if len(job.folders) > 1:
+        each = {folder.resolve().name: folds_of(read_adapter(folder)) for folder in job.folders}
+        apart = distances(model, job.source, names, folds=folds, others=each, base=job.trained, rows=job.rows)
+        facts |= {"combined": _mixture(job, mixture), "from_each": {name: asdict(one) for name, one in apart.items()}}
     quantized = quantized_names(model) if job.trained.quantize != "none" else frozenset()
     change = change_for(chosen.name, folds, job.trained, quantized)  # type: ignore[arg-type]  # of the two words
     with activity(f"writing {job.output}"), new_folder(job.output) as scratch:
@@ -138,6 +207,16 @@ def _merge(job: Job, *, precision: Precision, max_kl: float) -> dict[str, Any]:
         _write_words(job, model, scratch, dtype=stored_dtype)
         _write_facts(scratch, facts)
     return facts
+
+
+def _mixture(job: Job, mixture: Mixture) -> dict[str, Any]:
+    weights = {folder.resolve().name: weight for folder, weight in zip(job.folders, mixture.weights, strict=True)}
+    random = (
+        {"density": mixture.density, "seed": mixture.seed}
+        if "dare" in mixture.method or "ties" in mixture.method
+        else {}
+    )
+    return {"method": mixture.method.value, "weights": weights, **random}
 
 
 def _merge_whole(job: Job, *, max_kl: float) -> dict[str, Any]:
@@ -148,11 +227,11 @@ def _merge_whole(job: Job, *, max_kl: float) -> dict[str, Any]:
 
     ids = [row.ids for row in job.rows]
     with activity("answering as trained"):
-        as_trained = position_log_probs(load_adapter(load_base(job.source, job.trained), job.folder), ids)
+        as_trained = position_log_probs(load_adapter(load_base(job.source, job.trained), job.folders[0]), ids)
     dtype = _stored_dtype(job.source)
     stored = job.trained.model_copy(update={"quantize": "none", "compute_dtype": dtype})
     with activity("merging"):
-        merged = merge_into(load_adapter(load_base(job.source, stored), job.folder))
+        merged = merge_into(load_adapter(load_base(job.source, stored), job.folders[0]))
         measured = divergence(as_trained, position_log_probs(merged, ids))
     _refuse_far(job, measured.kl, max_kl)
     candidates = {"stored": {**asdict(measured), "loss": None}}
@@ -180,7 +259,7 @@ def _measured(found: Comparison) -> dict[str, Any]:
 def _refuse_far(job: Job, kl: float, max_kl: float) -> None:
     if kl > max_kl:
         reason = f"merged, it would answer {kl:.3g} nats (KL) from the adapter as trained, at most {max_kl:g}"
-        raise CheckFailed(Problem(reason, "serve the adapter unmerged, or allow it with --max-kl", str(job.folder)))
+        raise CheckFailed(Problem(reason, "serve the adapter unmerged, or allow it with --max-kl", str(job.folders[0])))
 
 
 def _vector_rows(folder: Path, source: BaseSource, chat: ChatTemplate) -> tuple[Row, ...]:
@@ -226,7 +305,7 @@ def _stored_dtype(source: BaseSource) -> str:
 
 def _identity(job: Job) -> dict[str, Any]:
     return {
-        "adapter": job.folder.resolve().name,
+        "adapter": " + ".join(folder.resolve().name for folder in job.folders),
         "adapter_sha256": job.manifest.files["adapter_model.safetensors"].sha256,
         "base": job.manifest.base.model_dump(mode="json"),
     }
@@ -260,51 +339,20 @@ def _write_tokenizer(job: Job, folder: Path) -> None:
 
 def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
     (folder / "merge.json").write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(facts), encoding="utf-8")
-
-
-def _card(facts: dict[str, Any]) -> str:
-    """The merged model's card: what it is made of, and how far its answers are from the adapter's."""
-    base = facts["base"]
-    hub = f"base_model: {base['name']}\nbase_model_relation: merge\n" if base["kind"] == "hub" else ""
-    lines = [
-        f"| {name} | {one['kl']:.2e} | {one['worst_kl']:.2e} | {one['top1']:.2%} | {_loss(one['loss'])} |"
-        for name, one in _table(facts)
-    ]
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{hub}---\n\n# {facts['adapter']}, merged\n\n"
-        f"The adapter `{facts['adapter']}` (sha256 `{facts['adapter_sha256'][:16]}…`) folded into the "
-        f"{facts['chosen']} weights of `{base['name']}`, in {facts['dtype']}. Measured against the adapter "
-        "as it was trained, before the folder was written:\n\n"
-        "| merged into | KL (nats) | worst KL | same most likely token | loss on answers |\n|---|---|---|---|---|\n"
-        + "\n".join(lines)
-        + f"\n\nLoss of the adapter as trained: {_loss(facts['loss_as_trained'])}. Again: `lora-tune merge`.\n"
-    )
-
-
-def _table(facts: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(name, measurements) of every way to hold the merged model."""
-    found = [
-        (f"{name}{' (this folder)' if name == facts['chosen'] else ''}", one)
-        for name, one in facts["candidates"].items()
-    ]
-    again = facts.get("requantized")
-    return [*found, *([(f"{facts['chosen']}, re-quantized to {facts['base']['quantize']}", again)] if again else [])]
-
-
-def _loss(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.4f}"
+    (folder / "README.md").write_text(merge_card(facts), encoding="utf-8")
 
 
 def _show(facts: dict[str, Any]) -> None:
     columns = ("merged into", "KL (nats)", "worst KL", "same top token", "loss on answers")
     rows = [
-        [name, f"{one['kl']:.2e}", f"{one['worst_kl']:.2e}", f"{one['top1']:.2%}", _loss(one["loss"])]
-        for name, one in _table(facts)
+        [name, f"{one['kl']:.2e}", f"{one['worst_kl']:.2e}", f"{one['top1']:.2%}", loss_text(one["loss"])]
+        for name, one in merge_table(facts)
     ]
+    for name, one in facts.get("from_each", {}).items():
+        rows.append([f"from {name} alone", f"{one['kl']:.2e}", f"{one['worst_kl']:.2e}", f"{one['top1']:.2%}", "–"])
     positions = facts["candidates"][facts["chosen"]]["positions"]
     print_table(
-        f"against the adapter as trained, at {positions} positions (its loss: {_loss(facts['loss_as_trained'])})",
+        f"against the adapter as trained, at {positions} positions (its loss: {loss_text(facts['loss_as_trained'])})",
         columns,
         rows,
     )

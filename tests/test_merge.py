@@ -13,6 +13,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, LlamaConfig
 
+from lora_tune.adapter.combine import combined
 from lora_tune.adapter.folding import folds_of
 from lora_tune.adapter.load import load_adapter, read_adapter
 from lora_tune.cli import main
@@ -20,6 +21,7 @@ from lora_tune.errors import CheckFailed
 from lora_tune.model.base import full_weight, linear4bit_modules, load_base
 from lora_tune.model.fold_writer import write_folded
 from lora_tune.model.merging import divergence, merge_into, position_log_probs
+from lora_tune.model.methods import SavedAdapter
 from lora_tune.model.source import find_base
 from lora_tune.model.streaming import (
     StoredWeights,
@@ -233,3 +235,55 @@ def test_divergence_of_known_distributions() -> None:
         0.5 * torch.tensor(2.0).log().item() + 0.5 * torch.tensor(2 / 3).log().item()
     )
     assert found.kl == pytest.approx(found.worst_kl / 2) and found.positions == 2
+
+
+# ----- several adapters -----
+@pytest.fixture(scope="module")
+def pair(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters of one base with different ranks and scales."""
+    place = tmp_path_factory.mktemp("pair")
+    finished.write_finished(place / "a", tiny_base, quantize="nf4")
+    finished.write_finished(place / "b", tiny_base, quantize="nf4", lora={"method": "rslora", "rank": 2, "alpha": 3})
+    return [place / "a", place / "b"]
+
+
+def _delta(saved: SavedAdapter) -> dict[str, torch.Tensor]:
+    return {name: update.delta() for name, update in folds_of(saved).updates.items()}
+
+
+def test_a_linear_combination_is_the_sum_of_the_updates(pair: list[Path], tiny_base: Path) -> None:
+    source = find_base(Base(name=str(tiny_base), quantize="nf4"))
+    mixed = combined(pair, source, weights=(0.7, -0.2), method="linear", density=1.0, seed=0)
+    a, b = (_delta(read_adapter(folder)) for folder in pair)
+    found = _delta(mixed)
+    assert found.keys() == a.keys()
+    for name, delta in found.items():
+        assert torch.allclose(delta, 0.7 * a[name] - 0.2 * b[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["svd", "ties", "dare_linear", "dare_ties"])
+def test_other_combinations(method: Any, pair: list[Path], tiny_base: Path) -> None:
+    source = find_base(Base(name=str(tiny_base), quantize="nf4"))
+    state = torch.random.get_rng_state()
+    first, again = (combined(pair, source, weights=(0.5, 0.5), method=method, density=0.5, seed=3) for _ in range(2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(first.tensors[key], again.tensors[key]) for key in first.tensors)
+    assert any(float(tensor.abs().max()) > 0 for tensor in first.tensors.values())
+    if method == "svd":  # the best approximation of its rank
+        exact = _delta(combined(pair, source, weights=(0.5, 0.5), method="linear", density=1.0, seed=0))
+        for name, delta in _delta(first).items():
+            values = torch.linalg.svdvals(exact[name].double())
+            assert float((delta - exact[name]).norm()) == pytest.approx(float(values[4:].norm()), rel=1e-3, abs=1e-5)
+
+
+def test_several_adapters_are_merged_and_measured(pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    arguments = ["merge", *map(str, pair), "--output", str(out), "--base", str(tiny_base), "--weights", "1,0"]
+    assert main(arguments) == 0
+    facts = json.loads((out / "merge.json").read_text())
+    assert facts["combined"] == {"method": "linear", "weights": {"a": 1.0, "b": 0.0}}
+    assert facts["from_each"]["a"]["kl"] < 1e-8 < 1e-4 < facts["from_each"]["b"]["kl"]
+    assert main([*arguments[:-1], "1", "--output", str(tmp_path / "x")]) == 2
+    finished.write_finished(tmp_path / "c", tiny_base)  # trained on the unquantized base
+    arguments = ["merge", str(pair[0]), str(tmp_path / "c"), "--output", str(tmp_path / "x"), "--base", str(tiny_base)]
+    assert main(arguments) == 1 and not (tmp_path / "x").exists()

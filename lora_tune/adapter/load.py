@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -58,16 +58,24 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, name: str = "default")
     return attach_saved(model, SavedAdapter(config=subject.content, tensors=load_file(folder / WEIGHTS)), name=name)
 
 
-def attach_saved(model: PreTrainedModel, saved: SavedAdapter, *, name: str = "default") -> PeftModel:
-    """Put an adapter that is already in memory, and checked, on a base. Raises: CheckFailed where it does not fit."""
-    _make_room(model, saved.config.get("trainable_token_indices"))
+def attach_saved(model: PreTrainedModel | PeftModel, saved: SavedAdapter, *, name: str = "default") -> PeftModel:
+    """Put an adapter that is already in memory, and checked, on a base, or beside the adapters that are on it.
+
+    Raises: CheckFailed where it does not fit.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _make_room(cast("PreTrainedModel", base), saved.config.get("trainable_token_indices"))
     settings = {key: saved.config[key] for key in _SETTINGS if saved.config.get(key) is not None}
     config = LoraConfig(task_type="CAUSAL_LM", inference_mode=True, lora_dropout=0.0, **settings)
     devices = [device for device in {parameter.device for parameter in model.parameters()} if device.type == "cuda"]
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():  # PEFT draws A, which is overwritten below
         for message in _UPSTREAM_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        wrapped = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
+        if isinstance(model, PeftModel):
+            wrapped = model
+            wrapped.add_adapter(name, config, autocast_adapter_dtype=False)
+        else:
+            wrapped = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
     _put(wrapped, saved.tensors, name=name)
     wrapped.requires_grad_(False)
     return wrapped.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -89,6 +89,31 @@ def compare_candidates(
         again = answers(lambda name, weight: held(name, fold(name, weight)))
         requantized = _fidelity("requantized", reference, again, chosen)
     return Comparison(_loss(reference, chosen), tuple(found), requantized)
+
+
+def distances(
+    model: PreTrainedModel,
+    source: BaseSource,
+    stored: dict[str, str],
+    *,
+    folds: Folds,
+    others: Mapping[str, Folds],
+    base: Base,
+    rows: Sequence[Row],
+) -> dict[str, Divergence]:
+    """How far the combination `folds` is from each of the adapters it was made of, all on the base as trained."""
+    names = quantized_names(model) if base.quantize != "none" else frozenset()
+    held = as_held(base, names, dtype=compute_dtype(base))
+    ids = [row.ids for row in _within(rows, MOST_POSITIONS)]
+
+    def answers(adapter: Folds) -> torch.Tensor:
+        weights = StoredWeights(
+            source.folder, stored, change=lambda name, weight: adapter.apply(name, held(name, weight))
+        )
+        return streamed_log_probs(model, weights, ids, pad_id=0)
+
+    mixed = answers(folds)
+    return {name: divergence(answers(other), mixed) for name, other in others.items()}
 
 
 def _rounded(change: Change) -> Change:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
 from lora_tune.errors import CheckFailed, Problem
+from lora_tune.model.methods import SavedAdapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 
+Combination = Literal["linear", "svd", "ties", "dare_linear", "dare_ties"]
+_PEFT_NAMES: dict[str, str] = {
+    "linear": "cat", "svd": "svd", "ties": "ties", "dare_linear": "dare_linear", "dare_ties": "dare_ties",
+}  # fmt: skip
 _CHUNK = 64  # positions that are compared in float64 at a time
 
 
@@ -47,6 +52,35 @@ def merge_into(model: PeftModel) -> PreTrainedModel:
     except ValueError as error:
         raise CheckFailed(Problem(f"the adapter cannot be merged: {error}", "verify the adapter")) from None
     return merged
+
+
+@torch.no_grad()
+def combine(
+    model: PeftModel, weights: Mapping[str, float], *, method: Combination, density: float, seed: int
+) -> SavedAdapter:
+    """One adapter out of several that are on the same base, {name: weight}, by PEFT's `add_weighted_adapter`.
+
+    `linear` is the exact sum of the weighted updates (ranks add up); `svd` its best approximation at the largest rank;
+    `ties` (arXiv:2306.01708) keeps the share `density` of each adapter's numbers and those that agree in sign;
+    `dare_linear`, `dare_ties` (arXiv:2311.03099) drop numbers at random, by the seed, and scale up the others.
+
+    Raises: CheckFailed where the adapters cannot be combined.
+    """
+    from peft import get_peft_model_state_dict
+
+    kept = None if method in ("linear", "svd") else density
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model.add_weighted_adapter(
+                list(weights), list(weights.values()), "combined", combination_type=_PEFT_NAMES[method], density=kept
+            )
+    except ValueError as error:
+        raise CheckFailed(Problem(f"the adapters cannot be combined: {error}", "merge them one by one")) from None
+    tensors = get_peft_model_state_dict(model, adapter_name="combined", save_embedding_layers=False)
+    config = {**model.peft_config["combined"].to_dict(), "task_type": "CAUSAL_LM", "peft_type": "LORA"}
+    config["target_modules"] = sorted(config["target_modules"])
+    return SavedAdapter(config, {key: tensor.clone() for key, tensor in tensors.items()})
 
 
 @torch.no_grad()

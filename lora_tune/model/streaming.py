@@ -64,6 +64,15 @@ def sketch(source: BaseSource) -> PreTrainedModel:
     return model.eval()
 
 
+def hollow(model: PreTrainedModel) -> PreTrainedModel:
+    """Give every parameter of a sketch zeros that take no memory: for what looks at shapes and devices alone."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            zeros = torch.zeros(1).expand(parameter.shape)
+            setattr(module, name, torch.nn.Parameter(zeros, requires_grad=False))
+    return model
+
+
 def stored_names(model: PreTrainedModel, source: BaseSource) -> dict[str, str] | None:
     """{parameter of the model: tensor of the files}; None where the files hold it in another arrangement.
 

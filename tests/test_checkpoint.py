@@ -12,6 +12,8 @@ import torch
 import training_kit as kit
 
 from lora_tune.errors import CheckFailed, LoraTuneError, UsageError
+from lora_tune.model.base import checkpoint_layers
+from lora_tune.model.methods import parameter_groups
 from lora_tune.recipe import Base, Lora, Train
 from lora_tune.training import checkpoint
 from lora_tune.training.evaluations import Evaluation
@@ -191,6 +193,26 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "base": {"quantize": "nf4", "compute_dtype": "float32"},
         "lora": Lora(rank=4, method="rslora"),
     },
+    "nf4, packed": {"base": {"quantize": "nf4", "double_quant": False}, "lora": DROPOUT, "pack": 3},
+    "fp4 double": {"base": {"quantize": "fp4", "compute_dtype": "bfloat16"}, "lora": DROPOUT},
+    "int8": {"base": {"quantize": "int8", "compute_dtype": "bfloat16"}, "lora": DROPOUT},
+    "pissa, two epochs": {"lora": Lora(rank=4, alpha=8.0, method="pissa"), "train": {"epochs": 2.0, "max_steps": None}},
+    "olora": {"lora": Lora(rank=4, alpha=8.0, method="olora"), "train": {"epochs": 2.0, "max_steps": None}},
+    "modules to save, accumulated": {
+        "lora": Lora(rank=4, alpha=8.0, modules_to_save=("lm_head",)),
+        "train": {"micro_batch_size": 1},
+    },
+    "new tokens on nf4": {"base": {"quantize": "nf4"}, "lora": Lora(rank=4, alpha=8.0, new_tokens=("<x>",))},
+    "lora+, recomputed layers": {"lora": Lora(rank=4, alpha=8.0, dropout=0.1, plus_ratio=16.0), "checkpointed": True},
+    "evaluated nf4, adamw_8bit, accumulated, two epochs": {
+        "base": {"quantize": "nf4", "compute_dtype": "bfloat16"},
+        "lora": DROPOUT,
+        "evaluate": True,
+        "train": {"optimizer": "adamw_8bit", "micro_batch_size": 1, "epochs": 2.0, "max_steps": None},
+    },
+    "inverse_sqrt, weight decay, one row at a time": {
+        "train": {"schedule": "inverse_sqrt", "weight_decay": 0.1, "batch_size": 1, "micro_batch_size": 1}
+    },
     "adamw_8bit": {"train": {"optimizer": "adamw_8bit"}},
     "paged_adamw": {"train": {"optimizer": "paged_adamw"}},
     "paged_adamw_8bit on nf4": {"base": {"quantize": "nf4"}, "train": {"optimizer": "paged_adamw_8bit"}},
@@ -217,7 +239,13 @@ def make(name: str, base: Path, folder: Path) -> Any:
 
         evaluation = Evaluation(every=1, measure=measure, keep="best")
     data = kit.rows(14, pack=given.get("pack", 1))
-    return kit.trainer(folder, base, data, train=Train(**settings), model=model, evaluation=evaluation)
+    if given.get("checkpointed"):
+        checkpoint_layers(model, "all")
+    train, lora = Train(**settings), given.get("lora")
+    trainer = kit.trainer(folder, base, data, train=train, model=model, evaluation=evaluation)
+    if lora and lora.plus_ratio:
+        trainer.for_run(RunFacts(groups=lambda: parameter_groups(model, lora=lora, train=train)))
+    return trainer
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -236,6 +264,39 @@ def test_a_resumed_training_is_the_same_training(tiny_base: Path, tmp_path: Path
     assert kit.same(kit.weights(again.model), kit.weights(whole.model))
     if whole.evaluations:
         assert again.evaluations.standing == whole.evaluations.standing
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "polynomial", "inverse_sqrt"])
+@pytest.mark.parametrize("more", [9, 5], ids=["more", "fewer"])
+def test_other_steps_where_they_are_allowed_follow_the_schedule_of_the_new_number(
+    tiny_base: Path, tmp_path: Path, schedule: str, more: int
+) -> None:
+    """The steps before keep the learning rate that they had; from the resumed one on it is that of the new number."""
+
+    def started(folder: str, steps: int, allowed: tuple[str, ...] = ()) -> Any:
+        train = Train(batch_size=4, micro_batch_size=2, max_steps=steps, learning_rate=5e-3, warmup=1, save_every=4)
+        train = train.model_copy(update={"schedule": schedule, "keep_checkpoints": 9})
+        model = kit.adapter(tiny_base, lora=DROPOUT)
+        trainer = kit.trainer(tmp_path / folder, tiny_base, kit.rows(40), train=train, model=model)
+        return trainer.for_run(RunFacts(allowed=allowed))
+
+    def rates(trainer: Any) -> list[float]:
+        return [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
+
+    whole = started("whole", more)
+    whole.train()
+    started("run", 7).train()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000007")
+    with pytest.raises(UsageError, match=r"steps\.total_steps"):
+        started("run", more).train(resume_from_checkpoint=True)
+    again = started("run", more, ("train.max_steps",))
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == more and rates(again) == pytest.approx(rates(whole)[4:], rel=1e-12, abs=1e-30)
+    if schedule in ("constant", "inverse_sqrt"):  # which do not look at the number of steps
+        assert kit.losses(again) == kit.losses(whole)[4:]
+        assert kit.same(kit.weights(again.model), kit.weights(whole.model))
+    with pytest.raises(UsageError, match=f"3 steps are asked for, but the checkpoint has {more} behind it"):
+        started("run", 3, ("train.max_steps",)).train(resume_from_checkpoint=True)
 
 
 def test_an_epoch_boundary_and_a_finished_run_resume_too(tiny_base: Path, tmp_path: Path) -> None:

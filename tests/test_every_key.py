@@ -24,7 +24,7 @@ import torch
 from lora_tune.data.chat_template import load_chat_template
 from lora_tune.data.pipeline import Prepared, encode, read_conversations
 from lora_tune.data.sources import _hub_rows
-from lora_tune.errors import LoraTuneError
+from lora_tune.errors import CheckFailed, LoraTuneError
 from lora_tune.model.base import linear4bit_modules, load_base
 from lora_tune.model.methods import saved_adapter
 from lora_tune.model.source import find_base, load_tokenizer
@@ -161,7 +161,7 @@ def trained(recipe: Recipe) -> dict[str, Any]:
         "scores": {name: score.rows for name, score in comparison.scores.items()},
         "samples": len(comparison.samples),
         "trackers": sorted(
-            path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith("step")
+            path.name for path in (folder / "checkpoints").glob("*/") if not path.name.startswith("step")
         ),
     }
 
@@ -174,6 +174,15 @@ def weights(recipe: Recipe) -> str:
 def part(name: str) -> Looks:
     """One of the things that `trained` looks at."""
     return lambda recipe: trained(recipe)[name]
+
+
+def ending(recipe: Recipe) -> str:
+    """How three steps end whose weights become so large that the loss is not finite."""
+    try:
+        trained(recipe)
+    except CheckFailed as error:
+        return str(error)
+    return "all steps are done"
 
 
 def refusal(recipe: Recipe) -> str:
@@ -245,6 +254,7 @@ KEYS: dict[
     "train.neftune_alpha": (weights, "5", ()),
     "train.save_every": (part("checkpoints"), "1", ()),
     "train.keep_checkpoints": (part("checkpoints"), "1", ("train.save_every=1",)),
+    "train.max_skipped_steps": (ending, "9", ("train.learning_rate=1e37", "eval.metrics=[]", "eval.samples=0")),
     "eval.hold_out": (tokens, "6", ()),
     "eval.hold_out_tasks": (tokens, "[apart]", TASKS),
     "eval.metrics": (part("scores"), "[loss, exact_match]", ()),

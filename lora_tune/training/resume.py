@@ -177,9 +177,10 @@ class ResumableTrainer(Trainer):
             self.lr_scheduler.load_state_dict(_read_json(Path(checkpoint) / "schedule.json")["schedule"])
             if self.rescheduled:  # the stored learning rate is that of the old number of steps
                 schedule = self.lr_scheduler
-                factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-                for group, base, factor in zip(self.optimizer.param_groups, schedule.base_lrs, factors, strict=True):
-                    group["lr"] = base * factor
+                pairs = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+                schedule._last_lr = [base * factor(schedule.last_epoch) for base, factor in pairs]
+                for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+                    group["lr"] = rate
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:

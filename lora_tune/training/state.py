@@ -130,7 +130,8 @@ def set_trainable_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> No
         if stored.shape != parameter.shape:
             shapes = f"{tuple(stored.shape)} stored, {tuple(parameter.shape)} in the model"
             raise CheckFailed(f"the checkpoint is of another adapter: {name} has shape {shapes}", "start a new run")
-        parameter.data = stored.to(parameter.device, copy=True)
+        # rows in order: pissa and olora make transposed tensors, and products of those differ in the last bits
+        parameter.data = stored.to(parameter.device, copy=True, memory_format=torch.contiguous_format)
 
 
 def write_optimizer(optimizer: torch.optim.Optimizer, *, tensors: Path, text: Path) -> None:

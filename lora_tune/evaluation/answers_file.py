@@ -96,6 +96,8 @@ def open_answers(
     """
     if path.is_dir():
         raise UsageError(Problem("is a folder", "name a file", str(path), key="--out"))
+    if not path.absolute().parent.is_dir():
+        raise UsageError(Problem("its folder is missing", "make it, or name another --out", str(path), key="--out"))
     if path.exists() and start != "again":
         raise UsageError(Problem("is there already", "name another --out, or add --overwrite", str(path), key="--out"))
     lock_path = path.with_name(f".{path.name}.lock")

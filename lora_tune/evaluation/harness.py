@@ -9,6 +9,7 @@ and its templates may reach Python's internals (neither does here).
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,12 +70,12 @@ def find_tasks(names: Sequence[str]) -> Benchmarks:
         )
     specs = [_read_task(Path(name)) if name.endswith((".yaml", ".yml")) else name for name in names]
     with _quiet():
-        from lm_eval.tasks import TaskManager
-
-        manager = TaskManager(include_defaults=any(isinstance(spec, str) for spec in specs))
-        for spec in specs:
+        manager = _manager(any(isinstance(spec, str) for spec in specs))
+        for name, spec in zip(names, specs, strict=True):
             if isinstance(spec, str):
                 _require_known(spec, manager.all_tasks)
+            else:
+                _require_metrics(name, spec)
         loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
         for name, spec in zip(names, specs, strict=True):
             try:
@@ -107,6 +108,8 @@ def compare_on_tasks(
     pooled: dict[str, dict[str, tuple[list[float], list[float], str]]] = {}
     for task in tasks.loaded["tasks"]:
         values, left_out = _paired(task, sides["base"], sides["adapter"])
+        if not values:
+            raise UsageError(Problem(f"{task} gives no score by document", "take another task", key="--tasks"))
         if left_out:
             reason = f"{task}: {', '.join(left_out)} is no mean over documents and is left out"
             notes.append(Problem(reason, severity="note"))
@@ -119,6 +122,28 @@ def compare_on_tasks(
     for group, metrics in pooled.items():
         scores[group] = {metric: _score(*found, seed=asked.seed) for metric, found in metrics.items()}
     return scores, notes
+
+
+@functools.cache
+def _manager(with_own_tasks: bool) -> Any:
+    """lm-eval's index of tasks; with its own ones it reads some 14,000 files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=with_own_tasks)
+
+
+def _require_metrics(name: str, task: Mapping[str, Any]) -> None:
+    """Metrics of a local task must be lm-eval's own: any other would be code from the hub. Raises: UsageError."""
+    from lm_eval.api import metrics, registry
+
+    known = set(registry.metric_registry)
+    for entry in task.get("metric_list") or ():
+        metric = entry.get("metric") if isinstance(entry, dict) else entry
+        if metric not in known:
+            near = get_close_matches(str(metric), known, n=1, cutoff=0.6)
+            fix = f"did you mean {near[0]}?" if near else "take one of lm-eval's own"
+            raise UsageError(Problem(f"has no metric of lm-eval, got {metric!r}", fix, file=name, key="metric_list"))
+    del metrics  # its import fills the registry
 
 
 def _require_known(name: str, known: Sequence[str]) -> None:

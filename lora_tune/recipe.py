@@ -179,11 +179,11 @@ class Train(Section):
     optimizer: Literal[
         "auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion_8bit", "sgd"
     ] = "auto"
-    """auto: adamw."""
+    """auto: adamw; on a GPU adamw_8bit where nothing fits without it."""
     batch_size: Count = 16
     """Sequences per optimizer step (packed rows where packing is on)."""
     micro_batch_size: AutoCount = "auto"
-    """Sequences per forward pass; accumulation is batch_size / micro_batch_size. auto: the largest that fits."""
+    """Sequences per forward pass; accumulation is batch_size / micro_batch_size. auto: the fastest that fits."""
     max_length: Annotated[int, Field(ge=2, lt=2**31)] = 2048
     """Tokens per sequence."""
     too_long: Literal["truncate", "drop", "split"] = "truncate"
@@ -191,7 +191,7 @@ class Train(Section):
     packing: bool = True
     """Put several rows into one sequence, isolated from each other."""
     gradient_checkpointing: Checkpointing = "auto"
-    """Recompute activations in the backward pass: all layers, none, or the first N; auto: all on a GPU, else none."""
+    """Recompute activations in the backward pass: all layers, none, or the first N; auto: as many as memory needs."""
     neftune_alpha: Positive | None = None
     """Noise on the embeddings (NEFTune; 5 in the paper)."""
     save_every: Count | None = None

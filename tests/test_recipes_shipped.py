@@ -104,11 +104,11 @@ def test_the_example_rows_of_my_data_are_read() -> None:
 @pytest.mark.parametrize(
     ("name", "config", "free_gib", "micro", "peak_gib"),
     [
-        ("alpaca", "qwen2_h3584_l28_Qwen2.5-7B", 22.5, 4, 11),
-        ("alpaca", "qwen2_h3584_l28_Qwen2.5-7B", 11.2, 2, 9),
-        ("chat", "qwen2_h3584_l28_Qwen2.5-7B", 15, 4, 11),
-        ("tools", "qwen2_h3584_l28_Qwen2.5-7B", 22.5, 4, 11),
-        ("alpaca_8gb", "mistral_h4096_l32_Mistral-7B-Instruct-v0.3", 7, 2, 6.1),
+        ("alpaca", "qwen2_h3584_l28_Qwen2.5-7B", 22.5, 1, 18.8),
+        ("alpaca", "qwen2_h3584_l28_Qwen2.5-7B", 11.2, 1, 10.0),
+        ("chat", "qwen2_h3584_l28_Qwen2.5-7B", 15, 1, 13.4),
+        ("tools", "qwen2_h3584_l28_Qwen2.5-7B", 22.5, 1, 18.8),
+        ("alpaca_8gb", "mistral_h4096_l32_Mistral-7B-Instruct-v0.3", 7, 2, 6.0),
     ],
 )
 def test_the_memory_that_a_header_states_is_what_is_planned(
@@ -120,5 +120,5 @@ def test_the_memory_that_a_header_states_is_what_is_planned(
     plan = plan_memory(
         shape, base=recipe.base, lora=recipe.lora, train=recipe.train, budget_gib=free_gib, device="cuda"
     )
-    assert plan.micro_batch_size == micro and plan.peak_gib == pytest.approx(peak_gib, abs=0.6)
+    assert plan.micro_batch_size == micro and plan.peak_gib == pytest.approx(peak_gib, abs=0.06)
     assert f"{peak_gib} GiB" in path.read_text(encoding="utf-8")

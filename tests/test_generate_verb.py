@@ -94,7 +94,7 @@ def test_a_stopped_command_goes_on_to_the_same_answers(
 ) -> None:
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert ask(place, whole, *more) == 0
-    add, added = AnswersFile.add, []
+    add, added = AnswersFile.add, list[int]()
 
     def once(self: AnswersFile, rows: dict[int, Any]) -> None:
         if added:
@@ -117,9 +117,12 @@ def test_a_stopped_command_goes_on_to_the_same_answers(
         kept -= 1
     before = part.read_bytes().splitlines()[: 1 + kept]
     seen: list[int] = []
-    monkeypatch.setattr(
-        AnswersFile, "add", lambda self, rows: (seen.extend(set(rows) - set(self.done)), add(self, rows))
-    )
+
+    def watched(self: AnswersFile, rows: dict[int, Any]) -> None:
+        seen.extend(set(rows) - set(self.done))
+        add(self, rows)
+
+    monkeypatch.setattr(AnswersFile, "add", watched)
     assert ask(place, out, *more) == 0
     assert out.read_bytes() == whole.read_bytes()
     assert len(seen) == 12 - kept and len(before) == 1 + kept and not part.exists()

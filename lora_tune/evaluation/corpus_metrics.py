@@ -10,7 +10,8 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 
 ORDER = 4  # BLEU's n-grams; over shorter texts alone it is 0, whatever they say
 _CHARACTERS = 6  # chrF's n-grams

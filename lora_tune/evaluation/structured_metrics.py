@@ -108,7 +108,7 @@ def _calls(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _as_pair(call: Mapping[str, Any]) -> tuple[str, Any]:
     given = call.get("function", call)
-    arguments = next((given[key] for key in _CALL_ARGUMENTS if key in given), {})
+    arguments: Any = next((given[key] for key in _CALL_ARGUMENTS if key in given), {})
     if isinstance(arguments, str):  # OpenAI's API writes them as a text
         parsed = read_json(arguments)
         arguments = arguments if parsed is None else parsed

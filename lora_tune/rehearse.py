@@ -218,8 +218,10 @@ class Rehearsal:
     def merge(self) -> str:
         """The adapter folded into the small base."""
         answer = self.processes.run("merge", ["merge", "calm", "--base", str(self.base), "--output", "merged"])
-        measured = answer["against"]["adapter_as_trained"]
-        return f"KL {measured['kl']:.2g} nats from the adapter as trained"
+        candidates = answer.get("candidates", answer.get("against", {}))
+        measured = candidates.get(answer.get("chosen", "adapter_as_trained"), {})
+        kl = f", KL {measured['kl']:.2g} nats from the adapter as trained" if "kl" in measured else ""
+        return f"{answer['dtype']}{kl}"
 
     def evaluate(self) -> str:
         """The adapter from its folder scores what it scored after its training. Raises: CheckFailed."""

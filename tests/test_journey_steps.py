@@ -88,14 +88,16 @@ def test_an_error_of_another_kind_ends_the_journey() -> None:
         taken.append("after")
         return ""
 
+    reported: list[Outcome] = []
     with pytest.raises(DataError, match="not JSON"):
         travel(
             [Step("a", (), refused), Step("b", ("a",), after)],
             at_once=2,
-            report=lambda outcome: None,
+            report=reported.append,
             leave=lambda: left.append("left"),
         )
     assert taken == [] and left == ["left"]
+    assert [(one.name, one.state, one.said) for one in reported] == [("a", "failed", "rows.jsonl:3: not JSON")]
 
 
 def test_a_process_answers_fails_or_is_tolerated(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_tune.errors import CheckFailed, Problem
+from lora_tune.errors import CheckFailed, LoraTuneError, Problem
 
 State = Literal["ok", "warning", "failed", "absent", "skipped"]
 MOST_SECONDS = 900.0  # of one process, of which a minute would be long
@@ -81,8 +81,12 @@ def travel(
                         running[pool.submit(_take, step)] = step
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    del running[future]
-                    settle(future.result())
+                    step = running.pop(future)
+                    try:
+                        settle(future.result())
+                    except LoraTuneError as error:
+                        report(Outcome(step.name, "failed", error.problems[0].reason))
+                        raise
         finally:
             leave()
     for step in [step for step in steps if not step.work]:

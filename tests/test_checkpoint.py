@@ -25,7 +25,10 @@ DROPOUT = Lora(rank=4, alpha=8.0, dropout=0.1)
 
 
 def write(text: str) -> checkpoint.Writer:
-    return lambda path: path.write_text(text, encoding="utf-8") and None
+    def write_text(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write_text
 
 
 def save(folder: Path, step: int, *, keep: int = 2, text: str = "{}") -> Path:
@@ -225,7 +228,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 def make(name: str, base: Path, folder: Path) -> Any:
     """The trainer of a configuration, new from the base on."""
     given = CONFIGURATIONS[name]
-    settings = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 6, "learning_rate": 5e-3, "keep_checkpoints": 9}
+    settings: dict[str, Any] = {
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "max_steps": 6,
+        "learning_rate": 5e-3,
+        "keep_checkpoints": 9,
+    }
     settings |= {"save_every": 2, "schedule": "cosine", "warmup": 2} | given.get("train", {})
     frozen = Base(**{"name": str(base)} | FLOAT32 | given.get("base", {}))
     model = kit.adapter(base, base=frozen, lora=given.get("lora"))
@@ -264,6 +273,19 @@ def test_a_resumed_training_is_the_same_training(tiny_base: Path, tmp_path: Path
     assert kit.same(kit.weights(again.model), kit.weights(whole.model))
     if whole.evaluations:
         assert again.evaluations.standing == whole.evaluations.standing
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["plain", "nf4", "nf4 double, packed, dora, evaluated", "paged_adamw_8bit on nf4"])
+def test_a_resumed_training_on_a_gpu_is_the_same_to_rounding(tiny_base: Path, tmp_path: Path, name: str) -> None:
+    whole = make(name, tiny_base, tmp_path / "whole")
+    whole.train()
+    kept = Path("checkpoints") / "step-00000004"
+    shutil.copytree(tmp_path / "whole" / kept, tmp_path / "again" / kept)
+    again = make(name, tiny_base, tmp_path / "again")
+    again.train(resume_from_checkpoint=True)
+    found = [float.fromhex(loss) for loss in kit.losses(again)]
+    assert found == pytest.approx([float.fromhex(loss) for loss in kit.losses(whole)[4:]], rel=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "polynomial", "inverse_sqrt"])

@@ -105,7 +105,7 @@ def test_bad_weights_are_never_the_best(tiny_base: Path, tmp_path: Path) -> None
     plan = Evaluation(every=1, measure=lambda model: {"loss": next(losses)}, keep="best")
     trainer = kit.trainer(tmp_path, tiny_base, kit.rows(24), train=TRAIN, evaluation=plan)
     trainer.train()
-    assert trainer.evaluations.standing.best_step == 4
+    assert trainer.evaluations is not None and trainer.evaluations.standing.best_step == 4
     no_bad_number_on_disk(tmp_path)
 
 
@@ -118,7 +118,7 @@ def bad_steps(trainer: RunTrainer, *steps: int) -> None:
         last = len(trainer._micro_losses) == trainer.steps.accumulation - 1
         return loss * math.nan if last and trainer.state.global_step + 1 in steps else loss
 
-    trainer.compute_loss = compute
+    trainer.compute_loss = compute  # type: ignore[method-assign]
 
 
 def skipping(folder: Path, base: Path, *, said: list[str], allowed: int = 2, optimizer: str = "adamw") -> RunTrainer:
@@ -182,7 +182,7 @@ def test_skipped_steps_are_counted_over_a_resume(tiny_base: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_a_learning_rate_of_a_million_is_stopped_with_advice(tiny_base: Path, tmp_path: Path, quantize: str) -> None:
+def test_a_learning_rate_of_a_million_is_stopped_with_advice(tiny_base: Path, tmp_path: Path, quantize: Any) -> None:
     train = TRAIN.model_copy(update={"learning_rate": 1e6, "max_steps": 60, "save_every": 5})
     base = Base(name=str(tiny_base), quantize=quantize, compute_dtype="bfloat16" if quantize == "nf4" else "float32")
     trainer = kit.trainer(tmp_path, tiny_base, kit.rows(24), train=train, model=kit.adapter(tiny_base, base=base))

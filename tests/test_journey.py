@@ -192,8 +192,8 @@ def test_a_second_run_into_the_folder_is_refused(
     before = (journey[0] / "out" / "manifest.json").read_bytes()
     assert main(["run", "recipe.yaml"]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert main(["run", "recipe.yaml", "--resume"]) == 2
-    assert "finished" in capsys.readouterr().err
+    assert main(["run", "recipe.yaml", "--resume"]) == 0
+    assert "finished before" in capsys.readouterr().out
     assert (journey[0] / "out" / "manifest.json").read_bytes() == before
 
 

@@ -49,6 +49,9 @@ def claim_folder(folder: Path, mode: Mode) -> Iterator[None]:
         reason = f"another run is writing into this folder{_owner(checkpoints)}"
         fix = "wait for it, stop it, or choose another output"
         raise UsageError(Problem(reason, fix, str(folder), key="output")) from None
+    except NotImplementedError:  # what filelock says of some network file systems
+        fix = "choose an output on another disk"
+        raise UsageError(Problem("its file system cannot lock files", fix, str(folder), key="output")) from None
     except OSError as error:
         raise unwritable(folder, error) from None
     try:

@@ -77,7 +77,8 @@ class ResumableTrainer(Trainer):
         except OSError as error:
             needed = state.training_bytes(self.model, self.optimizer)
             reason = disk_text(error, folder / checkpoint.FOLDER, needed=needed)
-            self.facts.report(f"checkpoint of step {step} was not written, training goes on: {reason}")
+            kept = f"a resumed run would start at step {self.saved_step or 0}"
+            self.facts.report(f"checkpoint of step {step} was not written, training goes on: {reason}; {kept}")
             return
         self.saved_step = step
 
@@ -105,7 +106,7 @@ class ResumableTrainer(Trainer):
         }
         if self.facts.display is not None:
             lines = self.facts.display.text()
-            files[METRICS] = lambda path: path.write_text(lines, encoding="utf-8") and None
+            files[METRICS] = lambda path: _write_text(path, lines)
         return files | ({_BEST: partial(state.write_tensors, best)} if best else {})
 
     def resolved(self) -> dict[str, Any]:
@@ -193,7 +194,11 @@ class ResumableTrainer(Trainer):
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value), encoding="utf-8")
+    _write_text(path, json.dumps(value))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _read_json(path: Path) -> Any:

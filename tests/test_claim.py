@@ -29,6 +29,7 @@ CLAIMS = [
     (("checkpoints/.lock",), {"new": None, "resume": None, "overwrite": None}),
     (("recipe.yaml", "checkpoints/5/state.json"), {"new": "in use", "resume": None, "overwrite": None}),
     (("recipe.yaml", "manifest.json"), {"new": "in use", "resume": None, "overwrite": None}),
+    ((".metrics.jsonl.tmp", "checkpoints/.lock"), {"new": "in use", "resume": None, "overwrite": None}),
     (("thesis.doc",), {"new": "in use", "resume": "no run folder", "overwrite": "no run folder"}),
 ]
 

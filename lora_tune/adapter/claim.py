@@ -22,6 +22,7 @@ _OWNER = ".owner"
 RESERVE = ".reserve"
 LOG = "error.log"
 _ASIDE = {_LOCK, _OWNER, RESERVE, LOG}  # what a run that wrote nothing else leaves or removes
+_PARTS = {f".{name}.tmp" for name in FILES}  # what a kill in the middle of a write leaves
 
 Mode = Literal["new", "resume", "overwrite"]
 
@@ -86,7 +87,7 @@ def _refuse_use(folder: Path, mode: Mode) -> None:
     held = _held(folder)
     if not held:
         return
-    known = [name for name in held if name in FILES or name == CHECKPOINTS]
+    known = [name for name in held if name in FILES or name in _PARTS or name == CHECKPOINTS]
     shown = ", ".join(held[:3]) + (" …" if len(held) > 3 else "")
     if mode == "new":
         fix = (

@@ -241,6 +241,7 @@ class BudgetedTrainer(ReplanningTrainer):
     """The part of a trainer that ends with its budget, where it has one."""
 
     budget: Budget | None
+    lr_scheduler: Any
 
     def keep_to(self, budget: Budget) -> None:
         """End with this budget."""

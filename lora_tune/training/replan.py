@@ -82,7 +82,7 @@ def shortage_of(error: BaseException, *, head: nn.Module) -> Shortage:
     """Which part asked for too much, read from where the error comes from, innermost call first."""
     asked = _ASKED.search(str(error))
     parts = (_part_of_frame(frame, head) for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))))
-    part = next((part for part in parts if part is not None), "activations")
+    part: Part = next((part for part in parts if part is not None), "activations")
     return Shortage(part, float(asked[1]) * _UNITS_GIB[asked[2].lower()] if asked else 0.0)
 
 

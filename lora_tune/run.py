@@ -67,8 +67,8 @@ def run(
         # 2. Every row is read, checked and split; then tokens, loss mask and packing, with an account of all of it.
         with file.locating():
             chat, prepared = _prepare(recipe, source, trust_remote_code=trust_remote_code)
-        # 3. Where it starts; what is at `auto` is decided once, to fit into memory; room on the disk is set aside.
-        start = _find_start(recipe, source, prepared, chat=chat, mode=mode, allowed=allowed)
+            # 3. Where it starts; what is at `auto` is decided once, to fit into memory; room on the disk is set aside.
+            start = _find_start(recipe, source, prepared, chat=chat, mode=mode, allowed=allowed)
         if start.finished:
             _prove(folder, recipe, trust_remote_code=trust_remote_code)
             return read_manifest(folder), None

@@ -316,8 +316,9 @@ def random_kills(count: int, references: Mapping[str, Reference], *, seed: int =
     draw = random.Random(seed)
     for number in range(count):
         configuration = draw.choice(sorted(references))
-        after = draw.uniform(0.0, references[configuration].seconds * 1.1)
-        yield Case("random kill", f"{number}: after {after:.3f} s", configuration, (Fault(kill_after_s=after),))
+        share = draw.uniform(0.0, 1.1)
+        fault = Fault(kill_after_s=share * references[configuration].seconds)
+        yield Case("random kill", f"{number}: after {share:.3f} of a run's time", configuration, (fault,))
 
 
 def deep_kills(count: int, reference: Reference, *, depth: int = 3, seed: int = 2) -> Iterator[Case]:

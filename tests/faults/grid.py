@@ -1,7 +1,7 @@
 """The whole grid of faults: `python -m tests.faults.grid` (`make faults`), with LORA_TUNE_CORPUS naming the corpus.
 
-Each verdict is appended to a record as it comes; started again, the grid goes on where it was interrupted. At the end
-the record becomes a table. `--workers` runs parts of the grid side by side, `--only` runs the groups that start with a
+Each verdict is appended to a record as it comes; started again, the grid goes on where it was interrupted, and tries
+again what was lost. At the end the record becomes a table. `--workers` runs parts of the grid side by side, `--only` runs the groups that start with a
 word, `--fresh` forgets the record.
 """
 
@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.faults import cases
+from tests.faults import cases, places
 from tests.faults.driver import ROOT, build_injector
 
 RESULTS = ROOT / "benchmarks" / "results" / "faults.md"
@@ -81,8 +82,9 @@ def main() -> int:
     workers = [subprocess.Popen([*command, "--worker", str(number)]) for number in range(1, given.workers + 1)]
     codes = [worker.wait() for worker in workers]
     rows = _rows(given.record)
-    if not any(codes) and not given.only:
-        given.results.write_text(table(rows, workers=given.workers))
+    if not any(codes):
+        planned = json.loads(_plan(given.record).read_text(encoding="utf-8"))
+        given.results.write_text(table(rows, planned=planned, workers=given.workers), encoding="utf-8")
         print(f"{given.results} written")
     return max(codes) or int(any(row["lost"] for row in rows))
 
@@ -94,8 +96,9 @@ def _work(given: argparse.Namespace) -> int:
         folder = Path(name)
         with cases.Grid(build_injector(given.corpus, folder), folder, keep=folder.parent / "faults-lost") as grid:
             planned = all_cases(grid)
+            _plan(given.record).write_text(json.dumps(Counter(case.group for case in planned)), encoding="utf-8")
             mine = planned[given.worker - 1 :: given.workers]
-            done = {row["key"] for row in _rows(given.record)}
+            done = {row["key"] for row in _rows(given.record) if not row["lost"]}
             mine = [case for case in mine if case.key not in done and case.group.startswith(given.only)]
             began = time.monotonic()
             for number, case in enumerate(mine, 1):
@@ -112,15 +115,21 @@ def _work(given: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(record: Path) -> Path:
+    """Beside the record: how many cases each group has."""
+    return record.with_suffix(".plan.json")
+
+
 def _rows(record: Path) -> list[dict[str, Any]]:
+    """The newest verdict on each case."""
     if not record.exists():
         return []
-    return [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    return list({row["key"]: row for row in rows}.values())
 
 
-def table(rows: Sequence[Mapping[str, Any]], *, workers: int) -> str:
-    """The counts of each group, and where and on what they were made, as Markdown."""
-    groups = dict.fromkeys(row["group"] for row in rows)
+def table(rows: Sequence[Mapping[str, Any]], *, planned: Mapping[str, int], workers: int) -> str:
+    """The counts of each group, of how many cases, and where and on what they were made, as Markdown."""
     lines = [
         "# Faults on purpose",
         "",
@@ -129,21 +138,22 @@ def table(rows: Sequence[Mapping[str, Any]], *, workers: int) -> str:
         "struck, to the last bit; after a kill at most `save_every` steps are taken again; nothing is left over, no",
         "traceback was printed. *Went on*: the struck run itself came to that end. *Lost*: all else.",
         "",
-        "| fault | tried | identical | of these went on | lost |",
-        "|---|--:|--:|--:|--:|",
+        "| fault | cases | tried | identical | of these went on | lost |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
-    for group in (*groups, None):
+    for group in (*planned, None):
         found = [row for row in rows if group in (None, row["group"])]
+        of = planned[group] if group else sum(planned.values())
         lost = sum(bool(row["lost"]) for row in found)
         went_on = sum(not row["stopped"] and not row["lost"] for row in found)
         name = f"**{group or 'all'}**" if group is None else group
-        lines.append(f"| {name} | {len(found):,} | {len(found) - lost:,} | {went_on:,} | {lost:,} |")
+        lines.append(f"| {name} | {of:,} | {len(found):,} | {len(found) - lost:,} | {went_on:,} | {lost:,} |")
     runs = sum(len(row["codes"]) for row in rows)
     busy = sum(row["seconds"] for row in rows) / 60
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     lines += [
         "",
-        f"Configurations: {'; '.join(cases.places.CONFIGURATIONS)}. The second saves are those of the last",
+        f"Configurations: {'; '.join(places.CONFIGURATIONS)}. The second saves are those of the last",
         f"three, random kills strike all, signals the third, everything else {cases.NF4}. {runs:,} runs in {busy:,.0f}",
         f"minutes of {workers} worker(s) on {os.cpu_count()} cores ({_processor()}, no GPU).",
         f"{_versions()}.",

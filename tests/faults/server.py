@@ -194,7 +194,7 @@ def _draw_once() -> None:
             with open(target, "wb") as stream:
                 stream.write(_pictures[format])
 
-    Figure.savefig = savefig  # type: ignore[method-assign]
+    setattr(Figure, "savefig", savefig)  # noqa: B010 - a method of other types
 
 
 def _send_at(phase: str, *, number: int, turn: int, again: int) -> None:
@@ -245,8 +245,8 @@ def _command_in_fork(arguments: list[str]) -> subprocess.CompletedProcess[Any]:
     if child == 0:
         code = 70
         try:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-                signal.signal(number, signal.SIG_DFL)
+            for caught in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(caught, signal.SIG_DFL)
             for number, name in enumerate(names, 1):
                 os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644), number)
             from lora_tune.cli import main as command

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from tests.faults import cases, places
-from tests.faults.cases import DAMAGES, FILES, NF4, Case, Fault, Grid
-from tests.faults.driver import RESUME, result
+from tests.faults.cases import DAMAGES, FILES, NF4, Case, Grid
+from tests.faults.driver import RESUME, Fault, result
 
 PAIRS = list(zip(FILES, DAMAGES, strict=True))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.faults import cases
-from tests.faults.cases import NF4, Fault, Grid
-from tests.faults.driver import RUN
+from tests.faults.cases import NF4, Grid
+from tests.faults.driver import RUN, Fault
 from tests.faults.places import copy_place
 
 POINTS = [("ENOSPC", "fail_from", part) for part in range(8)] + [("EIO", "fail", part) for part in range(8)]

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_recipes_run import MIXTURES, ROOT, SMALL
+from test_recipes_run import MIXTURES, ROOT
 
 from lora_tune.adapter.folder import read_manifest
 from lora_tune.cli import main
 from lora_tune.recipe_file import read_recipe
 
+SMALL = ("train.max_steps=2", "train.batch_size=2", "base.quantize=none", "eval.max_rows=2", "eval.samples=0")
 FEW = 40  # rows of a source
 SHORT = 400  # characters of a text
 
@@ -42,6 +43,9 @@ def local(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         }
         for row in sets["cosmos_qa"]
     ]
+    for part in ("train", "test"):
+        lines = (corpus / "data" / "datasets" / "gsm8k" / f"{part}.jsonl").read_text().splitlines()
+        sets[f"gsm8k_{part}"] = [json.loads(line) for line in lines if len(line) < 240]
     sets["imdb"] = [{**row, "text": row["text"][:SHORT]} for row in sets["imdb"]]
 
     def path(name: str) -> str:
@@ -54,20 +58,19 @@ def local(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
 
 def overrides(name: str, local: Callable[[str], str], corpus: Path) -> list[str]:
     """The sources of a recipe, replaced by local ones in their order."""
-    data = corpus / "data" / "datasets"
     if name == "gsm8k.yaml":
-        sources = [str(data / "gsm8k" / f"{part}.jsonl") for part in ("train", "test")]
+        sources = [local("gsm8k_train"), local("gsm8k_test")]
     elif name == "sni.yaml":
-        folder = data / "natural_instructions"
+        folder = corpus / "data" / "datasets" / "natural_instructions"
         train = {"source": str(folder / "task363*" / "train.json"), "format": "sni", "shots": 2, "max_rows": FEW}
-        apart = {"source": str(folder / "task748*" / "dev.json"), "format": "sni", "shots": 2, "task": "unseen tasks"}
+        apart = {"source": str(folder / "task1687*" / "dev.json"), "format": "sni", "task": "unseen tasks"}
         return [f"data={json.dumps([train, apart])}"]
     elif name == "t0_mixture.yaml":
         names = ("glue__mrpc", "paws__labeled_final", "ag_news", "imdb", "cnn", "commonsense", "nli")
         sources = [local(part) for part in names]
     else:
         sources = [*map(local, ("glue__mrpc", "ag_news", "imdb", "commonsense"))]
-        sources += [str(data / "gsm8k" / "train.jsonl"), local("nli")]
+        sources += [local("gsm8k_train"), local("nli")]
     recipe = read_recipe(ROOT / "recipes" / name).recipe
     assert len(sources) == len(recipe.data)
     there = ["config", "revision"]
@@ -87,6 +90,7 @@ def test_two_steps_on_the_embedded_base(
     if name != "t0_mixture.yaml":  # one of the four is enough for the proof, which takes a fresh process
         monkeypatch.setattr("lora_tune.run._prove", lambda *_, **__: None)
     given = [*overrides(name, local, corpus), "base.name=builtin:quickstart", "output=out", *SMALL]
+    given += [f"train.max_length={640 if name == 'sni.yaml' else 256}"]
     given += ["limits={dropped_rows: 100%, lost_tokens: 100%, lost_end_tokens: 100%}"]
     code = main(["run", str(ROOT / "recipes" / name), *given, "--json"])
     printed = capsys.readouterr()

@@ -22,14 +22,15 @@ from lora_tune.recipe_values import SHARE
 def rows_of(recipe: Recipe) -> tuple[StoredConversations, tuple[SourceIdentity, ...]]:
     """The conversations that a recipe holds out, and what was read for them; paths are where the data lies.
 
-    Where they are a file and no task is held out, that file alone is read. Raises: DataError without a held-out row,
-    and as `read_conversations`.
+    Where they are a file, no task is held out and no solved example is shown, that file alone is read. Raises:
+    DataError without a held-out row, and as `read_conversations`.
     """
     hold_out = recipe.eval.hold_out
-    if isinstance(hold_out, str) and not SHARE.fullmatch(hold_out) and not recipe.eval.hold_out_tasks:
+    alone = not recipe.eval.hold_out_tasks and not recipe.data[0].shots  # examples come from the training rows
+    if isinstance(hold_out, str) and not SHARE.fullmatch(hold_out) and alone:
         like = {"source": hold_out, "max_rows": None, "weight": 1.0, "invert": "0%", "config": None, "revision": None}
-        alone = recipe.data[0].model_copy(update=like)
-        return _whole(read_conversations([alone], hold_out=0, seed=recipe.seed))
+        source = recipe.data[0].model_copy(update=like)
+        return _whole(read_conversations([source], hold_out=0, seed=recipe.seed))
     found = read_conversations(recipe.data, hold_out=recipe.eval, seed=recipe.seed)
     if not len(found.held_out):
         raise DataError(Problem("the recipe holds no row out", "give rows to evaluate on with --data", "eval.hold_out"))

@@ -81,7 +81,8 @@ def with_found_data(recipe: Recipe, recorded: Sequence[Recorded], finder: Finder
     """A stored recipe whose local sources, held-out file and prompt files are paths again, with the recorded content.
 
     Sources on the hub get the recorded commit. Only what the held-out rows depend on is looked for: where they are a
-    file and no task is held out, that is this file. Raises: UsageError naming what is not at hand.
+    file, no task is held out and no solved example shown, that is this file. Raises: UsageError naming what is not at
+    hand.
     """
     by_file = isinstance(recipe.eval.hold_out, str) and not SHARE.fullmatch(recipe.eval.hold_out)
     missing: list[Problem] = []
@@ -104,7 +105,7 @@ def with_found_data(recipe: Recipe, recorded: Sequence[Recorded], finder: Finder
         changes: dict[str, object] = {}
         if known is not None and known.revision:
             changes["revision"] = known.revision
-        elif not (by_file and not recipe.eval.hold_out_tasks):
+        elif not by_file or recipe.eval.hold_out_tasks or recipe.data[0].shots:
             changes["source"] = path_of(entry.source, [known] if known else [])
         if entry.prompts:
             changes["prompts"] = path_of(entry.prompts, files)

@@ -102,13 +102,13 @@ def ranking(model: Any, chat: ChatTemplate, data: Path, count: int) -> dict[str,
         }
     )
     pairs = zip(chain(*found["whole_prompts"]), chain(*found["shared_prompt"]), strict=True)
-    apart = max(abs(one - two) for one, two in pairs)
+    apart = max(abs(one - two) / abs(one) for one, two in pairs)
     return {
         "rows": count,
         "choices": CHOICES,
         "rows_per_s": {name: round(count / value, 1) for name, value in seconds.items()},
         "times": round(seconds["whole_prompts"] / seconds["shared_prompt"], 2),
-        "largest_difference_nats": apart,
+        "largest_relative_difference": float(f"{apart:.2g}"),
     }
 
 
@@ -133,7 +133,7 @@ def main() -> None:
         "rows": given.rows,
         "new_tokens": given.new_tokens,
     }
-    new = given.new_tokens
+    new, spent = given.new_tokens, dict.fromkeys(("row_by_row", "batches_of_transformers", "ours"), 0.0)
     for name, setting in (("adapter", nullcontext()), ("base", model.disable_adapter())):
         with setting:
             seconds, found = in_turns(
@@ -143,6 +143,7 @@ def main() -> None:
                     "ours": lambda: ours(model, chat, prompts, new=new),
                 }
             )
+        spent = {side: spent[side] + value for side, value in seconds.items()}
         same = sum(one == two for one, two in zip(found["row_by_row"], found["ours"], strict=True))
         result[name] = {
             "rows_per_s": {side: round(given.rows / value, 1) for side, value in seconds.items()},
@@ -151,6 +152,11 @@ def main() -> None:
             "tokens_per_answer": round(sum(map(len, found["ours"])) / given.rows, 1),
             "same_answers": f"{same} of {given.rows}",
         }
+    result["both_sides"] = {
+        "rows_per_s": {side: round(given.rows / value, 1) for side, value in spent.items()},
+        "times_row_by_row": round(spent["row_by_row"] / spent["ours"], 2),
+        "times_batches": round(spent["batches_of_transformers"] / spent["ours"], 2),
+    }
     result["ranking"] = ranking(model, chat, data, min(100, given.rows))
     text = json.dumps(result, indent=1)
     print(text)

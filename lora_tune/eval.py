@@ -45,17 +45,23 @@ class Request:
     metrics: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     prompting: Literal["chat", "plain"] = "chat"
+    bounds: tuple[Bound, ...] = ()
     base: str | None = None
     trust_remote_code: str | None = None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured, by metric and by task, and what is worth knowing."""
+    """What was measured on rows and on benchmarks ({task: {metric: score}}), and what is worth knowing."""
 
     comparison: Comparison
-    tasks: dict[str, dict[str, Score]]
+    benchmarks: dict[str, dict[str, Score]]
     notes: list[Problem] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> dict[str, dict[str, Score]]:
+        """The scores by task, of the rows' own tasks and of benchmarks."""
+        return self.comparison.tasks | self.benchmarks
 
 
 def evaluate(request: Request) -> Measured:
@@ -85,6 +91,7 @@ def evaluate(request: Request) -> Measured:
         from lora_tune.evaluation.fit import check_fit
 
         metrics = metrics or ("loss",)
+        _check_bounds(request, metrics)
         check_fit(rows, metrics=metrics, evaluation=recipe.eval, seed=recipe.seed)
     tasks = _find_tasks(request)
     # 4. One loaded base, adapter on and off.
@@ -97,16 +104,24 @@ def evaluate(request: Request) -> Measured:
     comparison = Comparison(scores={}, samples=())
     if rows is not None:
         comparison = compare(model, chat, rows, metrics=metrics, evaluation=recipe.eval, seed=recipe.seed)
-    found = dict(comparison.tasks)
+    found: dict[str, dict[str, Score]] = {}
     if tasks is not None:
         from lora_tune.evaluation.harness import Asked, compare_on_tasks
 
         asked = Asked(recipe.seed, recipe.eval.max_rows, request.prompting)
         with activity("asking the tasks"):
-            scores, said = compare_on_tasks(model, chat, tasks, asked)
-        found |= scores
+            found, said = compare_on_tasks(model, chat, tasks, asked)
         notes = [*notes, *said]
     return Measured(comparison, found, notes)
+
+
+def _check_bounds(request: Request, metrics: Sequence[str]) -> None:
+    """Raise UsageError for a bound of a metric that is not measured: now, not when all is done."""
+    for bound in request.bounds:
+        if not bound.task and bound.metric not in metrics:
+            near = get_close_matches(bound.metric, metrics, n=1, cutoff=0.5)
+            fix = f"did you mean {near[0]}?" if near else f"add --metrics {bound.metric}, or bound {', '.join(metrics)}"
+            raise UsageError(Problem(f"{bound.metric} is not measured", fix, key="--at-least"))
 
 
 def _asks_rows(request: Request) -> bool:
@@ -253,7 +268,10 @@ def command(
     """Base against adapter on the same held-out rows: scores, intervals and a paired test, from one loaded model."""
     from lora_tune.evaluation.bounds import read_bounds
 
-    bounds = read_bounds(_names(at_least))
+    if report is not None and (report.is_dir() or not report.absolute().parent.is_dir()):
+        raise UsageError(
+            Problem("is no place for a file", "name a file, such as report.html", str(report), key="--report")
+        )
     request = Request(
         target=target,
         overrides=tuple(overrides or ()),
@@ -262,13 +280,14 @@ def command(
         metrics=_metric_names(_names(metrics)),
         tasks=tuple(_names(tasks)),
         prompting="plain" if plain_prompts else "chat",
+        bounds=tuple(read_bounds(_names(at_least))),
         base=base,
         trust_remote_code=trust_remote_code,
     )
     measured = evaluate(request)
     if report is not None:
         _write_report(report, request, measured)
-    problems = [*measured.notes, *_broken(bounds, measured)]
+    problems = [*measured.notes, *_broken(request.bounds, measured)]
     code = 1 if any(problem.severity == "error" for problem in problems) else 0
     if as_json:
         print_json({"exit_code": code, **_as_json(measured)}, problems)
@@ -342,27 +361,33 @@ def _repeated(request: Request) -> str:
 
 def _as_json(measured: Measured) -> dict[str, Any]:
     """What `--json` prints: rows, metrics and tasks."""
+    from lora_tune.evaluation.spread import tasks_as_json
+
+    benchmarks = {
+        task: {name: score.as_json() for name, score in scores.items()} for task, scores in measured.benchmarks.items()
+    }
     return {
         "rows": len(measured.comparison.rows),
         "metrics": {name: score.as_json() for name, score in measured.comparison.scores.items()},
-        "tasks": {
-            task: {name: score.as_json() for name, score in scores.items()} for task, scores in measured.tasks.items()
-        },
+        "tasks": tasks_as_json(measured.comparison) | benchmarks,
     }
 
 
 def _show(measured: Measured) -> None:
-    """The tables, as a person reads them."""
+    """The answers and the tables, as a person reads them."""
     from lora_tune.evaluation.report import samples_table, scores_table
+    from lora_tune.evaluation.spread import templates_table
 
-    console = results()
-    if measured.comparison.samples:
-        console.print(samples_table(measured.comparison.samples), soft_wrap=False)
-    if measured.comparison.scores:
-        console.print(scores_table(measured.comparison.scores), soft_wrap=False)
+    console, comparison = results(), measured.comparison
+    if comparison.samples:
+        console.print(samples_table(comparison.samples), soft_wrap=False)
+    if comparison.scores:
+        console.print(scores_table(comparison.scores), soft_wrap=False)
     for task, scores in measured.tasks.items():
         if scores:
             console.print(scores_table(scores, title=task), soft_wrap=False)
+    if comparison.templates:
+        console.print(templates_table(comparison), soft_wrap=False)
 
 
 if __name__ == "__main__":

@@ -232,6 +232,15 @@ def test_ranking_equals_the_brute_force(name: str, chat: ChatTemplate, monkeypat
             assert [one.log_prob for one in mine] == pytest.approx([one.log_prob for one in right], abs=1e-5)
 
 
+def test_sharing_the_prompt_is_exact_up_to_rounding(chat: ChatTemplate) -> None:
+    model = MODELS["llama"]().eval().double()
+    found = choice_scores(model, ranked_rows(chat, QUESTIONS), pad_id=chat.pad_id)
+    for mine, asked in zip(found, QUESTIONS, strict=True):
+        right = [one.log_prob for one in by_definition(model, chat, asked)]
+        # the last step, log-probabilities from logits, is made in float32
+        assert [one.log_prob for one in mine] == pytest.approx(right, abs=2e-6)
+
+
 def test_the_prompt_goes_through_the_model_once(chat: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     seen: list[tuple[int, ...]] = []

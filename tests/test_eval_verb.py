@@ -50,9 +50,12 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("lora_tune.run._prove", lambda *args, **given: None)  # test_journey.py proves folders
-        run(read_recipe(Path("recipe.yaml")))
-        run(read_recipe(Path("recipe.yaml"), overrides=["output=plain", "eval.every=null", "eval.metrics=[loss]"]))
-        run(read_recipe(Path("recipe.yaml"), overrides=["output=file", "eval.hold_out=apart.jsonl", "eval.every=null"]))
+        for changes in (
+            [],
+            ["output=plain", "eval.every=null", "eval.metrics=[loss]"],
+            ["output=file", "eval.hold_out=apart.jsonl", "eval.every=null"],
+        ):
+            run(read_recipe(Path("recipe.yaml"), overrides=changes), preflight="off")
     return folder
 
 
@@ -139,6 +142,15 @@ def test_other_rows_are_evaluated_whole(call: Call) -> None:
     assert found["metrics"]["loss"]["rows"] == 3
     code, found, _ = call("out", "--base", "base", "--data", "other.jsonl", "--data", "rows.jsonl")
     assert code == 2 and "rows.jsonl was read by the training and other.jsonl was not" in found["problems"][0]["reason"]
+
+
+def test_a_report_is_written_where_it_is_asked_for(call: Call, tmp_path: Path) -> None:
+    arguments = ("out", "--base", "base", "--data", "other.jsonl", "--metrics", "rouge_l")
+    assert call(*arguments, "--report", str(tmp_path / "new.html"))[0] == 0
+    page = (tmp_path / "new.html").read_text()
+    assert "rouge_l" in page and "What is 20" in page
+    code, found, _ = call(*arguments, "--report", "out")
+    assert code == 2 and "is no place for a file" in found["problems"][0]["reason"]
 
 
 def test_bounds_end_with_1_and_keep_the_numbers(call: Call, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,6 +189,9 @@ def round_trip(weight: torch.Tensor, base: Base) -> torch.Tensor:
     if base.quantize == "int8":
         rounded, scales, _ = int8_vectorwise_quant(moved.to(torch.float16))
         return int8_vectorwise_dequant(rounded, scales).float().to(weight.device)
+    if moved.device.type == "cpu":  # the same numbers from float32, in a quarter of the time
+        packed, state = quantize_4bit(moved.float(), compress_statistics=base.double_quant, quant_type=base.quantize)
+        return dequantize_4bit(packed, state).to(weight.dtype).float()
     packed, state = quantize_4bit(moved, compress_statistics=base.double_quant, quant_type=base.quantize)
     return dequantize_4bit(packed, state).float().to(weight.device)
 

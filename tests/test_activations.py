@@ -53,3 +53,25 @@ def test_what_packed_rows_keep_in_16_and_32_bit(family: str) -> None:
         assert planned(config, documents=documents, element=element, lora=lora, checkpointed=1) == pytest.approx(
             real, rel=0.03
         )
+
+
+METHODS = {
+    "dropout": Lora(rank=4, dropout=0.1),
+    "dora": Lora(rank=4, method="dora"),
+    "attention alone": Lora(rank=4, targets=("q_proj", "v_proj")),
+    "feed-forward alone": Lora(rank=4, targets=("up_proj", "down_proj")),
+    "other ranks": Lora(rank=4, rank_pattern={"q_proj": 32, "down_proj": 64}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_other_methods_and_targets_keep(name: str) -> None:
+    """DoRA forms W + BA for a moment, whatever the number of tokens: two lengths show what grows with them."""
+    lora, found = METHODS[name], []
+    for length in (200, 400):
+        more, fewer = (tiny_config("llama", SIZES, layers=layers) for layers in (4, 2))
+        real = [saved_bytes(config, dtype="bfloat16", lora=lora, documents=[length]) for config in (more, fewer)]
+        ours = [planned(config, documents=[length], element=2, lora=lora, checkpointed=0) for config in (more, fewer)]
+        found.append((ours[0] - ours[1], real[0] - real[1]))
+    (few, few_real), (many, many_real) = found
+    assert many - few == pytest.approx(many_real - few_real, rel=0.03)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 
 from lora_tune.data.conversation import Conversation
 from lora_tune.data.fit import Documents
+from lora_tune.data.formats import fields_of
 from lora_tune.data.sources import open_source
 from lora_tune.errors import DataError
 from lora_tune.recipe import DataSource
@@ -97,31 +99,33 @@ def write_rows(data: DataSource, places: Iterable[Place], path: Path) -> Path:
         file, line = sorted(wanted - set(rows))[0]
         raise DataError(f"{file}:{line}: this row is not there any more", "start again with unchanged data")
     if shots is not None:
-        return _write_tasks(rows.values(), path.with_suffix(""))
+        return _write_tasks(rows.values(), fields_of("sni", data.columns), path.with_suffix(""))
     lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows.values())
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
-def _write_tasks(rows: Iterable[dict[str, Any]], folder: Path) -> Path:
+def _write_tasks(rows: Iterable[dict[str, Any]], fields: Mapping[str, str], folder: Path) -> Path:
     """A task file for each task, with the examples and instances of these rows."""
     tasks: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        tasks.setdefault(row["task"], []).append(row)
+        tasks.setdefault(str(row.get(fields["task"]) or "task"), []).append(row)
     folder.mkdir(exist_ok=True)
-    for name, mine in tasks.items():
-        examples = [example for row in mine for example in row["examples"]]
+    for number, (name, mine) in enumerate(tasks.items()):
+        examples = [example for row in mine for example in row.get(fields["examples"]) or ()]
         task = {
-            "Categories": [mine[0]["category"]],
-            "Definition": [mine[0]["definition"]],
+            "Categories": [mine[0].get(fields["category"]) or ""],
+            "Definition": [mine[0][fields["definition"]]],
             "Positive Examples": [example for n, example in enumerate(examples) if example not in examples[:n]],
-            "Instances": [{key: value for key, value in row.items() if key not in _ABOUT} for row in mine],
+            "Instances": [{"input": row[fields["input"]], "output": _texts(row[fields["output"]])} for row in mine],
         }
-        (folder / f"{name}.json").write_text(json.dumps(task, ensure_ascii=False, indent=1), encoding="utf-8")
+        path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:80] or number}.json"
+        path.write_text(json.dumps(task, ensure_ascii=False, indent=1), encoding="utf-8")
     return folder
 
 
-_ABOUT = ("task", "category", "definition", "examples")
+def _texts(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _numbered(data: DataSource) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,16 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 
 def small_source(source: DataSource, path: Path) -> DataSource:
     """The source with its rows in a file, or a folder, of this machine."""
-    changes = {"source": str(path), "config": None, "split": "train", "revision": None, "max_rows": None}
+    changes: dict[str, Any] = {
+        "source": str(path),
+        "config": None,
+        "split": "train",
+        "revision": None,
+        "max_rows": None,
+    }
+    if source.format == "sni":  # written as task files; rows of the hub have no examples
+        of_files = Path(source.source).exists() or glob.has_magic(source.source)
+        changes |= {"columns": None, "shots": source.shots if of_files else 0}
     return source.model_copy(update=changes)
 
 

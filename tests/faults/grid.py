@@ -1,8 +1,8 @@
 """The whole grid of faults: `python -m tests.faults.grid` (`make faults`), with LORA_TUNE_CORPUS naming the corpus.
 
 Each verdict is appended to a record as it comes; started again, the grid goes on where it was interrupted, and tries
-again what was lost. At the end the record becomes a table. `--workers` runs parts of the grid side by side, `--only` runs the groups that start with a
-word, `--fresh` forgets the record.
+again what was lost. At the end the record becomes a table. `--workers` runs parts of the grid side by side, `--only`
+runs the groups that start with a word, `--fresh` forgets the record.
 """
 
 from __future__ import annotations

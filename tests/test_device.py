@@ -157,7 +157,7 @@ def test_the_first_visible_card_counts(
     visible: str | None, driver: bool, torch: str, found: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(driver=driver))
-    monkeypatch.setattr(device_module.importlib.metadata, "version", lambda name: torch)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: torch)
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
@@ -178,7 +178,7 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_others_hold_is_counted_and_the_card_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(driver=True))
-    monkeypatch.setattr(device_module.importlib.metadata, "version", lambda name: "2.13.0")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.13.0")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     machine = this_machine()
     assert (machine.device, machine.name, machine.card) == ("cuda", "NVIDIA GeForce RTX 4090", CARDS["rtx4090"])

@@ -28,7 +28,7 @@ ONE = Train(micro_batch_size=1, packing=False, gradient_checkpointing="all", opt
 
 
 def plan(config: dict[str, Any], *, base: Base | None = None, lora: Lora | None = None, train: Train | None = None,
-         gib: float = 1000.0, device: str = "cuda") -> memory.MemoryPlan:  # fmt: skip
+         gib: float = 1000.0, device: Any = "cuda") -> memory.MemoryPlan:  # fmt: skip
     return plan_memory(
         config, base=base or Base(name="x"), lora=lora or Lora(), train=train or Train(), budget_gib=gib, device=device
     )
@@ -134,7 +134,7 @@ def test_what_needs_more_is_planned_with_more(more: Train, less: Train) -> None:
 
 
 def test_bases_and_adapters_that_need_more_are_planned_with_more() -> None:
-    kinds = ("nf4", "int8", "none")
+    kinds: tuple[Any, ...] = ("nf4", "int8", "none")
     peaks = [plan(LLAMA_2, base=Base(name="x", quantize=kind), train=ONE).peak_gib for kind in kinds]
     assert peaks == sorted(peaks) and len(set(peaks)) == 3
     assert plan(LLAMA_2, base=Base(name="x", double_quant=False), train=ONE).peak_gib > peaks[0]

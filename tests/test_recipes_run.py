@@ -66,6 +66,6 @@ def test_two_steps_on_the_embedded_base(
     code = main(["run", str(ROOT / "recipes" / name), *here, "output=out", *SMALL, *LIMITS])
     assert code == 0, capsys.readouterr().err
     manifest = read_manifest(tmp_path / "out")
-    assert manifest.training.steps == 2
+    assert manifest.training.steps == 2 and "micro-batch" in str(manifest.training.plan)
     assert manifest.base.name == "builtin:quickstart"
     assert manifest.scores["loss"].rows > 0

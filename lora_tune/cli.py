@@ -14,7 +14,7 @@ from lora_tune.terminal import print_json, print_problems, run_app
 # verb: (module with `app: typer.Typer`, help in one line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("lora_tune.run", "Train one adapter from one recipe."),
-    "plan": ("lora_tune.plan", "Will it fit, how long will it take, what should change?"),
+    "plan": ("lora_tune.plan", "Plan a run: will it fit, how long will it take, what should change."),
     "preview": ("lora_tune.preview", "Show the rows as they will be trained: tokens, loss mask, ledger."),
     "eval": ("lora_tune.eval", "Base against adapter on the same rows, with intervals."),
     "generate": ("lora_tune.generate", "Answer a file of prompts, in batches."),

@@ -6,25 +6,26 @@ Cartography", section 5). The search reads rows in a seeded order and ends after
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora_tune.data.fit import Documents
 from lora_tune.data.ledger import place_of
-from lora_tune.evaluation.losses import RowLoss, row_losses
 from lora_tune.evaluation.questions import readable
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from lora_tune.data.chat_template import ChatTemplate, TokenRow
+    from lora_tune.data.fit import Documents
+    from lora_tune.evaluation.losses import RowLoss
 
 MOST_ROWS = 5_000
 SHOWN = 20
-_AT_ONCE = 128  # rows between two looks at the clock
+_AT_ONCE = 64  # rows between two looks at the clock
 _CHARACTERS = 600  # of a text that is shown
 
 
@@ -69,6 +70,8 @@ def hard_rows(
     The order is drawn by a generator of its own; mode, weights and random state of the model stay as they are. The
     base's loss is taken for the rows that are shown only. At least one block of rows is read, whatever the time.
     """
+    from lora_tune.evaluation.losses import row_losses
+
     started = time.perf_counter()
     order = np.random.default_rng(seed).permutation(len(documents))[:most_rows].tolist()
     found: list[tuple[int, RowLoss]] = []
@@ -78,7 +81,7 @@ def hard_rows(
         found += [(place, loss) for place, loss in zip(block, measured, strict=True) if loss.tokens]
         if time.perf_counter() - started > seconds:
             break
-    hardest = sorted(found, key=lambda item: (-_mean(item[1]), item[0]))[:SHOWN]
+    hardest = sorted(found, key=lambda item: (-_hardness(item[1]), item[0]))[:SHOWN]
     rows = [documents[place] for place, _ in hardest]
     with model.disable_adapter():
         base = row_losses(model, rows, pad_id=chat.pad_id)
@@ -88,6 +91,11 @@ def hard_rows(
     )
     losses = tuple(_mean(loss) for _, loss in found)
     return HardRows(shown, losses, len(documents), time.perf_counter() - started)
+
+
+def _hardness(loss: RowLoss) -> float:
+    """The loss, and one that is not a number above all."""
+    return _mean(loss) if math.isfinite(loss.nll) else math.inf
 
 
 def _mean(loss: RowLoss) -> float:

@@ -136,7 +136,7 @@ def differences_picture(title: str, strips: Sequence[Strip], *, name: str) -> Pi
 
 def clouds_picture(title: str, clouds: Sequence[Cloud], *, name: str) -> Picture:
     """The scores of many templates as dots, base (hollow) above adapter, with a stroke at each median."""
-    figure, axes = _strip_axes(len(clouds))
+    figure, axes = _strip_axes(len(clouds), row_in=0.64)
     for place, cloud in enumerate(clouds):
         for values, colour, y in ((cloud.base, "base", -place + 0.1), (cloud.adapter, "adapter", -place - 0.16)):
             face = _COLOURS["card"] if colour == "base" else _COLOURS[colour]
@@ -164,8 +164,11 @@ def histogram(title: str, values: Sequence[float], *, name: str, marked: float) 
     colours = [_COLOURS["worse"] if edge >= marked else _COLOURS["adapter"] for edge in edges[1:]]
     axes.bar(edges[:-1], counts, width=np.diff(edges) * 0.9, align="edge", color=colours)
     axes.set_xlabel("loss of a row (nats per token)")
-    axes.set_ylabel("rows")
-    axes.locator_params(axis="y", nbins=4, integer=True)
+    axes.set_ylabel("rows (logarithmic)")
+    axes.set_yscale("log")  # so that a single hard row is seen beside thousands of easy ones
+    axes.set_ylim(bottom=0.7)
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     middle, highest = number_text(float(np.median(values))), number_text(max(values))
     about = f"{title}: {len(values):,} rows, median {middle}, highest {highest}."
     return Picture(title, about, _svg(figure, name=name, label=about))
@@ -181,6 +184,13 @@ def thinned(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[t
     for start, end in pairwise(edges.tolist()):
         kept |= {start + int(values[start:end].argmin()), start + int(values[start:end].argmax())}
     return [points[place] for place in sorted(kept)]
+
+
+def finite(strips: Iterable[Strip]) -> list[Strip]:
+    """The rows that can be drawn."""
+    return [
+        strip for strip in strips if all(map(math.isfinite, (strip.value, strip.low, strip.high, strip.base or 0.0)))
+    ]
 
 
 def strips_of(scores: Mapping[str, Score], verdicts: Mapping[str, Verdict]) -> list[Strip]:
@@ -213,9 +223,9 @@ def _figure(height_in: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _strip_axes(rows: int) -> tuple[Figure, Axes]:
+def _strip_axes(rows: int, *, row_in: float = 0.52) -> tuple[Figure, Axes]:
     """Axes with room for a label above each of the rows, which stand at y = 0, -1, …"""
-    figure, axes = _figure(0.45 + 0.52 * rows)
+    figure, axes = _figure(0.45 + row_in * rows)
     axes.set_ylim(-rows + 0.55, 0.85)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)

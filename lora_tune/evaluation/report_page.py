@@ -27,6 +27,7 @@ from lora_tune.evaluation.pictures import (
     clouds_picture,
     curve,
     differences_picture,
+    finite,
     histogram,
     scores_picture,
     strips_of,
@@ -119,6 +120,7 @@ def report_page(facts: ReportFacts) -> str:
         templates=templates_table(comparison),
         template_pictures=_template_pictures(comparison),
         samples=side_by_side(comparison, seed=facts.seed),
+        held_out_curve=any("eval" in row for row in facts.steps),
         curves=[picture for picture in _curves(facts.steps) if picture],
         ledger=ledger_table(facts.ledger),
         notes=notes_of(facts.ledger),
@@ -189,7 +191,9 @@ def _score_pictures(scores: Mapping[str, Score]) -> list[Picture]:
         groups.setdefault(key, {})[name] = score
     pictures = []
     for number, (key, group) in enumerate(groups.items()):
-        strips = strips_of(group, {name: verdict_of(score) for name, score in group.items()})
+        strips = finite(strips_of(group, {name: verdict_of(score) for name, score in group.items()}))
+        if not strips:
+            continue
         bounds_of = key if isinstance(key, tuple) else None
         title = key if isinstance(key, str) else "base and adapter" if len(group) > 1 else next(iter(group))
         pictures.append(scores_picture(title, strips, name=f"score{number}", bounds=bounds_of))
@@ -203,11 +207,13 @@ def _task_pictures(tasks: Mapping[str, Mapping[str, Score]]) -> list[Picture]:
     for number, metric in enumerate(metrics[:_MOST_TASK_PICTURES]):
         found = {task: scores[metric] for task, scores in tasks.items() if metric in scores}
         largest = sorted(found, key=lambda task, of=found: -abs(of[task].difference))[:_MOST_STRIPS]  # type: ignore[misc]
-        strips = [
+        strips = finite(
             Strip(_clean(task), score.difference, score.low, score.high, verdict_of(score))
             for task, score in sorted(found.items(), key=lambda item: -item[1].difference)
             if task in largest
-        ]
+        )
+        if not strips:
+            continue
         of = f" (the {_MOST_STRIPS} largest of {len(found)})" if len(found) > _MOST_STRIPS else ""
         pictures.append(differences_picture(f"{_clean(metric)}: adapter − base{of}", strips, name=f"task{number}"))
     return pictures
@@ -221,9 +227,10 @@ def _template_pictures(comparison: Comparison) -> list[Picture]:
         clouds = []
         for task, templates in comparison.templates.items():
             found = [scores[metric] for scores in templates.values() if metric in scores]
-            if len(found) > 1:
+            if len(found) > 1 and all(math.isfinite(one.base + one.adapter) for one in found):
                 clouds.append(Cloud(_clean(task), [one.base for one in found], [one.adapter for one in found]))
-        pictures.append(clouds_picture(_clean(metric), clouds[:_MOST_STRIPS], name=f"template{number}"))
+        if clouds:
+            pictures.append(clouds_picture(_clean(metric), clouds[:_MOST_STRIPS], name=f"template{number}"))
     return pictures
 
 

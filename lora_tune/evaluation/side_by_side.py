@@ -87,7 +87,8 @@ def marked(answer: str, reference: str) -> tuple[Run, ...]:
     ours, theirs = _pieces(answer), _pieces(reference)
     if not ours or max(len(ours), len(theirs)) > _WORDS:
         return (Run(answer, "same"),) if answer else ()
-    matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
+    words = [[piece.strip() for piece in pieces] for pieces in (ours, theirs)]
+    matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
     if matcher.ratio() < _ALIKE:
         return (Run(answer, "other"),)
     runs = []
@@ -97,7 +98,7 @@ def marked(answer: str, reference: str) -> tuple[Run, ...]:
             continue
         if end > start:
             runs.append(Run("".join(ours[start:end]), "other"))
-        if their_end > their_start and "".join(theirs[their_start:their_end]).strip():
+        if their_end > their_start:
             runs.append(Run("".join(theirs[their_start:their_end]), "missing"))
     return tuple(runs)
 
@@ -142,5 +143,5 @@ def _excerpt(text: str) -> str:
 
 
 def _pieces(text: str) -> list[str]:
-    """Words, white space and signs, which together are the text."""
-    return re.findall(r"\w+|\s+|[^\w\s]", text)
+    """Words and signs with the white space before them, which together are the text."""
+    return re.findall(r"\s*(?:\w+|[^\w\s])|\s+", text)

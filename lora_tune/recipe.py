@@ -221,7 +221,7 @@ class Eval(Section):
     every: Count | None = None
     """Optimizer steps between evaluations; without it, only at the end."""
     max_rows: Count | None = None
-    """Evaluate at most this many held-out rows."""
+    """Evaluate at most this many held-out rows; of a held-out task, as many rows of each source."""
     samples: Annotated[int, Field(ge=0)] = 5
     """Answers of base and adapter shown and stored."""
     keep_best: bool = False

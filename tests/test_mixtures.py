@@ -114,6 +114,14 @@ def test_rows_without_a_template_are_skipped_and_counted() -> None:
     assert ("  skipped: no template applies", "1") in found.ledger.table()
 
 
+def test_more_skipped_than_kept_is_told() -> None:
+    write("a.jsonl", [{"q": f"Is number {n} of any use?", "label": 7 * (n > 2), "n": n} for n in range(9)])
+    found = read(source(templates=("plain",)))
+    assert [str(warning) for warning in found.ledger.warnings()] == [
+        "a.jsonl: 6 of 9 rows skipped: no template applies; check whether that is meant"
+    ]
+
+
 def test_choices_are_kept_only_with_the_answer_among_them() -> None:
     write("p.yaml", [])
     Path("p.yaml").write_text('templates: [{name: n, jinja: "{{q}} ||| maybe", answer_choices: "no ||| yes"}]')

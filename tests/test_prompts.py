@@ -178,7 +178,7 @@ def test_a_separator_inside_the_data_is_text() -> None:
 
 
 def test_what_does_not_apply() -> None:
-    rows = [{"a": "x", "label": 1}, {"a": "x", "label": 0}, {"a": None, "label": 1}]
+    rows: list[dict[str, object]] = [{"a": "x", "label": 1}, {"a": "x", "label": 0}, {"a": None, "label": 1}]
     found = renders("{% if label %}{{a}} ||| y{% endif %}", *rows)
     assert [made.applies for made in found] == [True, False, False]
     assert not renders("{{a}} ||| {{answer_choices[label]}}", {"a": "x", "label": 5}, choices="no ||| yes")[0].applies

@@ -222,14 +222,17 @@ class Ledger:
         """What is probably wrong but goes on: one warning a kind and source, with its count and first place."""
         found = [*self.notices, *(self.overlap.warnings() if self.overlap is not None else ())]
         for source in self.sources:
+            if source.skipped * 2 > source.read:
+                reason = f"{_rows(source.skipped, source.read)} skipped: no template applies"
+                found.append(_warning(source, reason, Count(), "check whether that is meant"))
             for what, count in source.notes.items():
                 if what in (STRADDLES, PER_TURN, SPLIT):
                     continue
                 means, fix = _WARNED.get(what, ("", "check whether that is meant"))
-                rows = _rows(count.rows, source.read)
+                rows = _rows(count.rows, source.read + source.more)
                 found.append(_warning(source, f"{rows} {means}" if means else f"{rows}: {what}", count, fix))
             for cause, count in source.dropped.items():
-                reason = f"{_rows(count.rows, source.read)} dropped: {cause}"
+                reason = f"{_rows(count.rows, source.read + source.more)} dropped: {cause}"
                 found.append(_warning(source, reason, count, "repair them, or accept the loss"))
         return found
 
@@ -242,9 +245,10 @@ class Ledger:
         longer = (
             f"raise train.max_length (the longest row has {longest:,} tokens) or the limit, or split: train.too_long"
         )
-        if _exceeds(limits.dropped_rows, dropped.rows, self.total("read")):
+        rows = self.total("read") + self.total("more")
+        if _exceeds(limits.dropped_rows, dropped.rows, rows):
             causes = ", ".join(f"{cause} in {count.rows}" for cause, count in self._causes().items())
-            what = f"{causes} of {self.total('read'):,} rows"
+            what = f"{causes} of {rows:,} rows"
             fix = longer if {NO_LABEL, TOO_LONG} & set(self._causes()) else "repair the rows or raise the limit"
             problems.append(_limit("dropped_rows", limits.dropped_rows, what, dropped, fix))
         if _exceeds(limits.lost_tokens, lost.rows, self.total("tokens_read")):

@@ -156,7 +156,7 @@ def _rows(request: Request, recipe: Recipe, manifest: Manifest, chat: ChatTempla
     The rows that the run held out, made again from data with the recorded hashes; or all rows of the files of `--data`
     where none of them is recorded. Raises: UsageError, DataError.
     """
-    from lora_tune.data.held_out import encoded, rows_in, rows_of
+    from lora_tune.data.held_out import encoded, rows_in, rows_of, shared_with_training
     from lora_tune.data.recorded import Finder, Recorded, content_hash, with_found_data
 
     for path in request.data:
@@ -164,6 +164,7 @@ def _rows(request: Request, recipe: Recipe, manifest: Manifest, chat: ChatTempla
             raise UsageError(Problem("no such file or folder", "check the path", str(path), key="--data"))
     recorded = [Recorded(one.name, one.format, one.sha256, one.revision) for one in manifest.data]
     hashes = {one.sha256 for one in recorded}
+    finder = Finder(request.data, Path.cwd())
     others = [path for path in request.data if content_hash(path) not in hashes]
     if request.data and others:
         if len(others) < len(request.data):
@@ -174,9 +175,9 @@ def _rows(request: Request, recipe: Recipe, manifest: Manifest, chat: ChatTempla
         sources = [DataSource.model_validate({"source": str(path), "format": kind}) for path in request.data]
         found, identities = rows_in(sources, seed=recipe.seed)
         trained = {one.sha256: one.name for one in recorded}
-        return encoded(found, chat, recipe.model_copy(update={"data": tuple(sources)})), _seen(identities, trained)
+        notes = [*_seen(identities, trained), *shared_with_training(found, recipe, recorded, finder=finder)]
+        return encoded(found, chat, recipe.model_copy(update={"data": tuple(sources)})), notes
     if request.target.is_dir():
-        finder = Finder(request.data, Path.cwd())
         recipe = with_found_data(recipe, recorded, finder, where=str(request.target))
     _refuse_trained(request, recipe)
     found, identities = rows_of(recipe)

@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 from lora_tune.cli import main
 from lora_tune.data.conversation import Conversation, Message
+from lora_tune.data.held_out import rows_in, shared_with_training
 from lora_tune.data.ledger import Ledger
 from lora_tune.data.overlap import COMMON, MOSTLY, Overlap, overlap, trained_sources
+from lora_tune.data.recorded import Finder, Recorded, content_hash
 from lora_tune.data.sources import SourceIdentity
+from lora_tune.recipe import DataSource, Recipe
 
 ROWS = st.lists(st.lists(st.sampled_from("abc"), max_size=9), max_size=14)
 
@@ -160,3 +163,25 @@ def test_preview_gives_the_account_of_the_run(
     assert (found["rows"], found["trained"], found["touched"], found["mostly"]) == (4, 20, 1, 1)
     assert found["worst"][0]["place"] == "held.jsonl:4" and found["worst"][0]["trained"] == "train.jsonl:8"
     assert any("1 of 4 held-out rows share 70% or more" in problem["reason"] for problem in answer["problems"])
+
+
+def test_other_rows_are_compared_with_the_training_rows_where_they_are_at_hand(tmp_path: Path) -> None:
+    train = [{"prompt": words(12, n), "completion": words(4, 100 + n)} for n in range(9)]
+    other = [{"prompt": words(12, 70), "completion": words(4, 71)}, train[3]]
+    for name, content in {"train.jsonl": train, "other.jsonl": other}.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    stored = {
+        "base": {"name": "b"},
+        "data": [{"source": "train.jsonl", "format": "prompt_completion"}],
+        "output": "out",
+    }
+    recipe = Recipe.model_validate(stored)
+    found, _ = rows_in([DataSource(source=str(tmp_path / "other.jsonl"))], seed=1)
+    sha256 = content_hash(tmp_path / "train.jsonl") or ""
+    recorded = [Recorded("train.jsonl", "prompt_completion", sha256)]
+    (warning,) = shared_with_training(found, recipe, recorded, finder=Finder((), tmp_path))
+    assert warning.severity == "warning" and "1 of 2 held-out rows" in warning.reason
+    assert "other.jsonl:2 with train.jsonl:4" in warning.reason
+    (tmp_path / "train.jsonl").write_text("changed\n")
+    (note,) = shared_with_training(found, recipe, recorded, finder=Finder((), tmp_path))
+    assert note.severity == "note" and "train.jsonl are not at hand" in note.reason

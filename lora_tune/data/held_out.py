@@ -11,6 +11,8 @@ from lora_tune.data.checking import Conversations, read_conversations
 from lora_tune.data.conversation import Conversation
 from lora_tune.data.fit import Documents, Fitting
 from lora_tune.data.ledger import Ledger, SourceLedger
+from lora_tune.data.overlap import overlap
+from lora_tune.data.recorded import Finder, Recorded
 from lora_tune.data.sources import SourceIdentity
 from lora_tune.data.store import StoredConversations
 from lora_tune.data.token_file import encoder_fingerprint, token_file
@@ -40,6 +42,24 @@ def rows_of(recipe: Recipe) -> tuple[StoredConversations, tuple[SourceIdentity, 
 def rows_in(sources: Sequence[DataSource], *, seed: int) -> tuple[StoredConversations, tuple[SourceIdentity, ...]]:
     """All conversations of these sources. Raises: as `read_conversations`."""
     return _whole(read_conversations(sources, hold_out=0, seed=seed))
+
+
+def shared_with_training(
+    evaluated: StoredConversations, recipe: Recipe, recorded: Sequence[Recorded], *, finder: Finder
+) -> list[Problem]:
+    """Warnings about passages that evaluated rows share with the rows of a training's files, where these are at hand.
+
+    A note where one is not: it lies elsewhere or on the hub, or became rows through prompt templates.
+    """
+    data = []
+    for entry, one in zip(recipe.data, recorded, strict=False):
+        path = None if one.revision or entry.prompts else finder.find(one)
+        if path is None:
+            reason = f"the training rows of {one.name} are not at hand: shared passages were not looked for"
+            return [Problem(reason, "call it where the data lies", severity="note")]
+        data.append(entry.model_copy(update={"source": str(path)}))
+    train = read_conversations(data, hold_out=0, seed=recipe.seed).train
+    return overlap(train, evaluated).warnings()
 
 
 def _whole(found: Conversations) -> tuple[StoredConversations, tuple[SourceIdentity, ...]]:

@@ -87,8 +87,8 @@ def marked(answer: str, reference: str) -> tuple[Run, ...]:
     ours, theirs = _pieces(answer), _pieces(reference)
     if not ours or max(len(ours), len(theirs)) > _WORDS:
         return (Run(answer, "same"),) if answer else ()
-    words = [[piece.strip() for piece in pieces] for pieces in (ours, theirs)]
-    matcher = difflib.SequenceMatcher(None, *words, autojunk=False)
+    our_words, their_words = ([piece.strip() for piece in pieces] for pieces in (ours, theirs))
+    matcher = difflib.SequenceMatcher(None, our_words, their_words, autojunk=False)
     if matcher.ratio() < _ALIKE:
         return (Run(answer, "other"),)
     runs = []

@@ -217,6 +217,9 @@ def test_no_tunnels_and_no_globals() -> None:
     assert wrong == []
 
 
+EVERYTHING_BECOMES_A_MESSAGE = ("lora_tune.terminal", "lora_tune.data.template_child", "lora_tune.data.prompt_child")
+
+
 def test_nothing_is_swallowed() -> None:
     """`except Exception` stands where everything becomes a message, and nowhere else; `assert` checks no input."""
     wrong = []

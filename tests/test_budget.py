@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Run:
 
 def bend(points: list[float]) -> float:
     """By how much the schedule moves in the step in which it moves most."""
-    return max(after - before for before, after in zip(points[:-1], points[1:], strict=True))
+    return max(after - before for before, after in pairwise(points))
 
 
 SPEEDS: dict[str, Callable[[int], float]] = {
@@ -96,7 +97,7 @@ def test_it_ends_in_time_at_the_end_of_the_schedule(speed: str, between: str) ->
     run = Run(1000.0, step=SPEEDS[speed], **lumps)
     assert run.seconds == pytest.approx(1000, rel=0.02)
     assert run.points[-1] == 1.0 and run.rates[-1] == pytest.approx(0, abs=1e-9)
-    assert all(before < after for before, after in zip(run.points[:-1], run.points[1:], strict=True))
+    assert all(before < after for before, after in pairwise(run.points))
     assert bend(run.points) < 0.02
     top = run.rates.index(max(run.rates))
     assert run.rates[:top] == sorted(run.rates[:top]) and run.rates[top:] == sorted(run.rates[top:], reverse=True)
@@ -300,3 +301,16 @@ def test_what_a_checkpoint_holds_of_it_is_json(tiny_base: Path, tmp_path: Path) 
     again = plan_budget(Train(**SETTINGS), steps_per_epoch=4, evaluate_every=0, keep="last")
     again.go_on(stored, replay={})
     assert again.spent.points == [0.0] and again.seconds == 30
+
+
+def test_a_resumed_run_may_get_more_time(tiny_base: Path, tmp_path: Path) -> None:
+    """`--allow-change train.budget`: the schedule goes on evenly from where it is to the new end."""
+    first = start(tiny_base, tmp_path, save_every=6, stop_after=7)
+    with pytest.raises(Killed):
+        first.train()
+    (tmp_path / "metrics.jsonl").unlink()
+    again = start(tiny_base, tmp_path, save_every=6, budget="60s")
+    again.train(resume_from_checkpoint=True)
+    points = again.budget.spent.points
+    assert 56 <= again.state.global_step <= 60 and points[-1] == 1.0
+    assert points[6] == pytest.approx(6 / 30, abs=0.03) and bend(points[6:]) < 1.5 * 0.8 / 50

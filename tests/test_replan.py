@@ -97,7 +97,12 @@ def test_the_step_is_repeated_with_the_same_batch_and_the_same_loss(
     trainer = short.into(make(tiny_base, tmp_path))
     seen: list[list[int]] = []
     begin = trainer.begin_step
-    trainer.begin_step = lambda numbers: seen.append(list(numbers)) or begin(numbers)
+
+    def watch(numbers: list[int]) -> None:
+        seen.append(list(numbers))
+        begin(numbers)
+
+    trainer.begin_step = watch
     trainer.train()
     size = {3: 2, 1: 1}[rows]
     assert trainer.micro_batch_size == size and set(short.refused) == {2}

@@ -76,6 +76,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder with the recipes, a base and rows; adapters and merged models are written there."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shutil.copytree(ROOT / "adapters" / "example", folder / "adapters" / "example")
     tiny.write_base(folder / "tiny")
     rows = [{"instruction": f"Add {number} and 1.", "input": "", "output": f"{number + 1}"} for number in range(40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -138,6 +139,15 @@ def test_no_placeholder_is_left_and_links_lead_somewhere() -> None:
 def test_the_table_of_all_keys_is_up_to_date() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "recipe_keys.py"))["keys_table"]()
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == made, "run: python docs/recipe_keys.py"
+
+
+@pytest.mark.parametrize("source", ["docs/which_card.md", "benchmarks/results/plan_accuracy.md"])
+def test_tables_are_those_that_the_plan_made(source: str) -> None:
+    """The first table of each file stands in the README, line by line."""
+    lines = (ROOT / source).read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    last = next(number for number, line in enumerate([*lines, ""][first:], start=first) if not line.startswith("|"))
+    assert last - first > 5 and "\n".join(lines[first:last]) in TEXT
 
 
 @pytest.mark.parametrize("block", blocks("make"))

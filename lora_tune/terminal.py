@@ -185,7 +185,8 @@ def _as_error(error: Exception, name: str) -> LoraTuneError:
         return UsageError("stopped at a question", f"see {name} --help")
     if isinstance(error, OSError) and error.errno in (*FULL, errno.EIO, errno.EROFS):
         fix = f"make room; {_GOES_ON}" if _run_folder else "make room"
-        path = _run_folder[-1] if _run_folder else Path(error.filename or ".")
+        named = error.filename if isinstance(error.filename, str) else None
+        path = Path(named) if named else _run_folder[-1] if _run_folder else Path()
         state = "is full" if error.errno in FULL else "refuses"
         return ResourceError(f"the disk {state}, while {_doing(name)}: {disk_text(error, path)}", fix)
     if isinstance(error, PermissionError):

@@ -237,17 +237,26 @@ def test_token_rows_are_cached_by_content_and_damage_is_found(chat, tmp_path, mo
     assert prepare(chat, source(path)).train["input_ids"] == first and len(calls) == encoded
     assert prepare(chat, source(path), max_length=128, packing=False) and len(calls) == encoded
     (stored,) = [p for p in (tmp_path / "cache" / "tokens").glob("*.arrow") if p.stat().st_size > 1000]
-    data = bytearray(stored.read_bytes())
-    data[len(data) // 2] ^= 1
-    stored.write_bytes(data)
+    whole = stored.read_bytes()
+    half = len(whole) // 2
+    flipped = whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]
+    zeros = whole[:half] + bytes(len(whole) - half)
+    for damaged in (flipped, zeros, whole[:half], whole[:-1], b"", whole + b"x"):
+        stored.write_bytes(damaged)
+        assert prepare(chat, source(path)).train["input_ids"] == first and len(calls) > encoded
+        assert stored.read_bytes() == whole
+        encoded = len(calls)
+    stored.unlink()
     assert prepare(chat, source(path)).train["input_ids"] == first and len(calls) > encoded
     encoded = len(calls)
     stored.with_suffix(".json").write_text("{")
     assert prepare(chat, source(path)).train["input_ids"] == first and len(calls) > encoded
     encoded = len(calls)
-    write(path, [{"prompt": "question 0", "completion": "other"}, *pairs(20)[1:]])
-    prepare(chat, source(path))
-    assert len(calls) > encoded
+    before = path.stat()
+    write(path, [{"prompt": "question 0", "completion": "answer X word"}, *pairs(20)[1:]])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p`, `rsync -t` and `tar x` leave it
+    assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_size == before.st_size
+    assert prepare(chat, source(path)).train["input_ids"] != first and len(calls) > encoded
     assert not list((tmp_path / "cache" / "packed").iterdir())
 
 

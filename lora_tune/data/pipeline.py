@@ -187,23 +187,25 @@ def _written(
     digest = hashlib.sha256()
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow", delete=False) as file:
         path = Path(file.name)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
-        for start in range(0, len(sequences), _CHUNK):
-            chunk = sequences[start : start + _CHUNK]
-            flat = [index for sequence in chunk for index in sequence]
-            tokens = [pieces.tokens(rows, index) for index in flat]
-            ids = np.concatenate([ids for ids, _ in tokens])
-            labels = np.where(np.concatenate([mask for _, mask in tokens]), ids, np.int32(IGNORED))
-            lengths = np.array([len(ids) for ids, _ in tokens], dtype=np.int32)
-            numbers = rows.conversation[pieces.row[flat]]
-            places = [[int(sources[number]), conversations.place(int(number))[1]] for number in numbers]
-            ends = np.concatenate([[0], np.cumsum([len(sequence) for sequence in chunk])])
-            edges = np.concatenate([[0], np.cumsum(lengths)])[ends]
-            digest.update(ids.tobytes() + labels.tobytes() + lengths.tobytes())
-            stream.write_batch(_batch(ids, labels, lengths, edges=edges, ends=ends, places=places))
-    with pa.memory_map(str(path)) as source:
-        table = pa.ipc.open_stream(source).read_all()
-    path.unlink()
+    try:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
+            for start in range(0, len(sequences), _CHUNK):
+                chunk = sequences[start : start + _CHUNK]
+                flat = [index for sequence in chunk for index in sequence]
+                tokens = [pieces.tokens(rows, index) for index in flat]
+                ids = np.concatenate([ids for ids, _ in tokens])
+                labels = np.where(np.concatenate([mask for _, mask in tokens]), ids, np.int32(IGNORED))
+                lengths = np.array([len(ids) for ids, _ in tokens], dtype=np.int32)
+                numbers = rows.conversation[pieces.row[flat]]
+                places = [[int(sources[number]), conversations.place(int(number))[1]] for number in numbers]
+                ends = np.concatenate([[0], np.cumsum([len(sequence) for sequence in chunk])])
+                edges = np.concatenate([[0], np.cumsum(lengths)])[ends]
+                digest.update(ids.tobytes() + labels.tobytes() + lengths.tobytes())
+                stream.write_batch(_batch(ids, labels, lengths, edges=edges, ends=ends, places=places))
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_stream(source).read_all()
+    finally:
+        path.unlink(missing_ok=True)  # also where the run is stopped
     return as_dataset(table, fingerprint=digest.hexdigest()[:16])
 
 

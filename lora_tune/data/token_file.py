@@ -29,6 +29,8 @@ from filelock import FileLock
 from lora_tune.data.chat_template import NOTES, ChatTemplate, TokenRow
 from lora_tune.data.store import StoredConversations
 from lora_tune.data.turn_drafts import LossOn
+from lora_tune.disk import FULL, disk_text
+from lora_tune.errors import ResourceError
 
 _CHUNK = 1024  # conversations encoded at a time
 _KEPT_BYTES = 8 << 30  # of the cache; the entries unused for longest go first
@@ -134,9 +136,29 @@ def _valid(path: Path) -> dict[int, str] | None:
 
 def _write(path: Path, conversations: StoredConversations, chat: ChatTemplate, loss_on: LossOn) -> dict[int, str]:
     """Encode in chunks; the file appears under its name when it is complete, its note after that."""
-    errors: dict[int, str] = {}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
+    try:
+        errors = _encode(temporary, conversations, chat, loss_on)
+        with open(temporary, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        path.with_suffix(".json").unlink(missing_ok=True)
+        temporary.replace(path)
+        temporary.write_text(json.dumps({"sha256": sha256, "errors": errors}))
+        temporary.replace(path.with_suffix(".json"))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        fix = "make room, or name another folder with LORA_TUNE_CACHE"
+        raise ResourceError(f"token rows cannot be kept: {disk_text(error, path.parent)}", fix) from None
+    finally:
+        temporary.unlink(missing_ok=True)  # of a run that was stopped
+    return errors
+
+
+def _encode(path: Path, conversations: StoredConversations, chat: ChatTemplate, loss_on: LossOn) -> dict[int, str]:
+    """Write the stream; returns the reasons of the conversations that the template refuses, by number."""
+    errors: dict[int, str] = {}
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
         for start in range(0, len(conversations), _CHUNK):
             chunk = list(conversations[start : start + _CHUNK])
             numbers, rows = [], []
@@ -148,13 +170,6 @@ def _write(path: Path, conversations: StoredConversations, chat: ChatTemplate, l
                     errors[number] = found.reason
             if rows:
                 stream.write_batch(_batch(numbers, rows))
-    with open(temporary, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    path.with_suffix(".json").unlink(missing_ok=True)
-    temporary.replace(path)
-    note = path.with_suffix(f".{os.getpid()}.tmp")
-    note.write_text(json.dumps({"sha256": sha256, "errors": errors}))
-    note.replace(path.with_suffix(".json"))
     return errors
 
 

@@ -17,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
+from lora_tune.adapter.claim import RESERVE
+from lora_tune.adapter.folder import CHECKPOINTS
+from lora_tune.disk import give_back
 from lora_tune.errors import Problem, UsageError
 from lora_tune.terminal import messages, printable
 from lora_tune.training.metrics_file import METRICS as METRICS
@@ -106,10 +109,17 @@ class TrainingDisplay(TrainerCallback):
         write_whole(self.path, text)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the live line and the file, which has every line then. Raises: OSError."""
+        """Close the live line and the file, which has every line then: on a full disk with the room that was set aside
+        for the end. Raises: OSError.
+        """
         file, self._file = self._file, None
         self.close()
-        if file is not None:
+        if file is None:
+            return
+        try:
+            file.close()
+        except OSError:
+            give_back(self.path.parent / CHECKPOINTS / RESERVE)
             file.close()
 
     def close(self) -> None:

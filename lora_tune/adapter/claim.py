@@ -63,6 +63,8 @@ def claim_folder(folder: Path, mode: Mode) -> Iterator[None]:
     finally:
         with suppress(OSError):
             (checkpoints / _OWNER).unlink(missing_ok=True)
+            if (folder / MANIFEST).exists():  # finished; the disk may have refused to give the room back before
+                (checkpoints / RESERVE).unlink(missing_ok=True)
         lock.release()
         if not _held(folder):  # refused before anything was written: nothing is left behind
             with suppress(OSError):

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -135,15 +137,15 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
     Raises: UsageError where the disk refuses.
     """
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+    with _scratch_folder() as scratch:
         try:
             tokenizer.save_pretrained(scratch)
         except Exception as error:  # the tokenizers library has no class of its own for a disk that refuses
             number = _OS_ERROR.search(str(error))
             if number is None:
                 raise
-            raise unwritable(Path(scratch), OSError(int(number[1]), os.strerror(int(number[1])))) from None
-        for path in sorted(Path(scratch).iterdir()):
+            raise unwritable(scratch, OSError(int(number[1]), os.strerror(int(number[1])))) from None
+        for path in sorted(scratch.iterdir()):
             if path.name == "tokenizer_config.json":
                 content = json.loads(path.read_text(encoding="utf-8"))
                 if content.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name, unknown to version 4
@@ -152,6 +154,19 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
             elif path.name in FILES and path.name != TEMPLATE:
                 write_file(folder, path.name, path.read_bytes())
     write_file(folder, TEMPLATE, template_text(tokenizer).encode())
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A temporary folder, gone afterwards where the disk allows it.
+
+    `TemporaryDirectory` of Python 3.11 recurses without end where permission is denied.
+    """
+    folder = Path(tempfile.mkdtemp())
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,7 +9,8 @@ from tests.faults.cases import NF4, Grid
 from tests.faults.driver import RUN, Fault
 from tests.faults.places import copy_place
 
-POINTS = [("ENOSPC", "fail_from", part) for part in range(8)] + [("EIO", "fail", part) for part in range(8)]
+PARTS = 7
+POINTS = [("ENOSPC", "fail_from", part) for part in range(PARTS)] + [("EIO", "fail", part) for part in range(PARTS)]
 POINTS += [("EDQUOT", "fail_from", 5), ("EROFS", "fail_from", 3), ("EACCES", "fail_from", 6)]
 
 
@@ -17,7 +18,7 @@ POINTS += [("EDQUOT", "fail_from", 5), ("EROFS", "fail_from", 3), ("EACCES", "fa
 def test_a_disk_that_refuses_loses_no_run(grid: Grid, kind: str, mode: str, part: int) -> None:
     """The run goes on, or ends in one line with exit code 2 or 4; with room again it is resumed."""
     reference = grid.reference(NF4)
-    number = 3 + part * len(reference.operations) // 8
+    number = 3 + part * len(reference.operations) // PARTS
     (case,) = cases.full_disks(kind, mode, reference, [number])
     verdict = grid.play(case)
     assert verdict.lost == "", case
@@ -35,11 +36,11 @@ def test_a_checkpoint_that_was_not_written_says_what_it_needs(grid: Grid) -> Non
     assert "needs" in line and "free" in line
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", range(6))
 def test_a_power_cut_costs_no_more_than_a_kill(grid: Grid, part: int) -> None:
     """Bytes that no fsync covered are gone, and the run still goes on from a whole checkpoint."""
     reference = grid.reference(NF4)
     numbers = reference.between("out/", "out/manifest.json")
-    (case,) = cases.power_cuts(reference, [numbers[part * len(numbers) // 8]])
+    (case,) = cases.power_cuts(reference, [numbers[part * len(numbers) // 6]])
     verdict = grid.play(case)
     assert verdict.lost == "" and verdict.codes[0] == -9, case

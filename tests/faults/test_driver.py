@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from tests.faults.cases import NF4, Case, Grid
-from tests.faults.driver import RUN, Fault, process
+from dataclasses import replace
+
+from tests.faults.cases import NF4, Case, Grid, judge
+from tests.faults.driver import RUN, Attempt, Fault, Result, process, result
+from tests.faults.places import copy_place
 
 
 def test_a_run_in_a_fork_is_the_run_of_a_process(grid: Grid) -> None:
     """The same adapter, the same file operations, and the kill comes where it was asked for."""
-    from tests.faults.driver import result
-    from tests.faults.places import copy_place
-
     reference = grid.reference(NF4)
     case = copy_place(reference.place, grid.folder / "alone")
     done = process(grid.library, case, RUN, {"FAULT_LOG": str(case / "operations.txt")})
@@ -20,11 +20,31 @@ def test_a_run_in_a_fork_is_the_run_of_a_process(grid: Grid) -> None:
     assert not found.untidy
 
 
-def test_a_lost_run_is_seen(grid: Grid) -> None:
-    """The verdict is not always a friendly one: a run that is not resumed, and one that another one replaced."""
+def test_killed_at_the_very_end_with_the_proof_in_the_resumed_run(grid: Grid) -> None:
+    """Killed before the last rename, and the resumed run at its first operation."""
     reference = grid.reference(NF4)
+    grid.proof = "made"
     last = Fault("kill_before", reference.operations.index(("rename", "out/manifest.json")) + 1)
-    assert grid.play(Case("seen", "killed at the very end", NF4, (last,))).lost == ""
-    twice = Case("seen", "killed twice", NF4, (last, Fault("kill_before", 1)))
-    verdict = grid.play(twice)
+    verdict = grid.play(Case("end", "killed twice", NF4, (last, Fault("kill_before", 1))))
+    grid.proof = "left out"
     assert verdict.codes == (-9, -9, 0) and verdict.lost == "" and verdict.stopped
+
+
+def test_a_verdict_can_be_that_a_run_is_lost() -> None:
+    steps = tuple((step, float(step).hex()) for step in range(1, 7))
+    wanted = Result(steps, {"adapter": "a"}, ())
+    case = Case("seen", "", NF4, (Fault("kill_before", 1),))
+    struck, resumed = Attempt(-9, steps[:4], ""), Attempt(0, steps[2:], "")
+
+    def verdict(found: Result | None = wanted, *, first: Attempt = struck, last: Attempt = resumed) -> str:
+        return judge(case, [first, last], found, wanted)
+
+    assert verdict() == ""
+    assert "ended with 1" in verdict(last=replace(resumed, code=1)) and verdict(None)
+    assert "struck run ended with 1" in verdict(first=replace(struck, code=1))
+    assert "traceback" in verdict(last=replace(resumed, err="Traceback (most recent call last)"))
+    assert "losses" in verdict(replace(wanted, losses=steps[:5]))
+    assert "files" in verdict(replace(wanted, files={"adapter": "b"}))
+    assert "left over" in verdict(replace(wanted, untidy=(".writing",)))
+    assert "another loss" in verdict(last=replace(resumed, steps=((3, "0x0p+0"),)))
+    assert "3 steps were taken again" in verdict(last=replace(resumed, steps=steps[1:]))

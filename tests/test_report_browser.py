@@ -24,6 +24,9 @@ FLAGS = (
 )
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 SIZES = {"phone": (390, 844), "desktop": (1440, 900)}
+SEEN = [("ordinary", size, scheme) for size in SIZES for scheme in ("light", "dark")]
+SEEN += [("many", "phone", "light"), ("many", "desktop", "dark")]
+SEEN += [("hostile", "phone", "dark"), ("hostile", "desktop", "light")]
 LAYOUT, CONTRAST = (
     (Path(__file__).parent / "browser" / name).read_text(encoding="utf-8") for name in ("layout.js", "contrast.js")
 )
@@ -61,9 +64,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: write_report(folder / kind, getattr(report_kit, kind)()) for kind in kinds}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", ["ordinary", "many", "hostile"])
+@pytest.mark.parametrize("kind, size, scheme", SEEN)
 def test_the_page_as_people_see_it(kind: str, size: str, scheme: str, browser: Any, pages: dict[str, Path]) -> None:
     width, height = SIZES[size]
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)

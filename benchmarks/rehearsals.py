@@ -64,6 +64,7 @@ def rehearse(name: str, corpus: Path | None, folder: Path) -> dict[str, Any]:
     answer |= {"cpu_s": round(spent, 1), "load_before": round(load, 2)}
     for step in answer.get("steps", []):
         step["seconds"] = round(step["seconds"], 1)
+        step["said"] = step["said"].replace(str(folder), "…")
     return answer
 
 

@@ -190,6 +190,8 @@ class Rehearsal:
         process.kill()
         process.wait()
         left = steps(self.folder / "killed")
+        if process.returncode == 0:
+            raise CheckFailed(Problem("it ended before it could be killed", file=log))
         if not left:
             raise CheckFailed(Problem("no checkpoint was written", file=log))
         return f"killed with a checkpoint of step {left[0]} of {TRAINED_STEPS}"

@@ -109,6 +109,13 @@ def test_auto_says_what_it_is(tmp_path: Path) -> None:
         read_conversations([DataSource(source=str(write(tmp_path, TASK)))], hold_out=0, seed=1)
 
 
+def test_other_formats_do_not_know_its_columns(tmp_path: Path) -> None:
+    row = {"instruction": "a", "output": "b", "category": "c", "task": "d", "examples": []}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    found = read_conversations([DataSource(source=str(tmp_path / "rows.jsonl"))], hold_out=0, seed=1)
+    assert found.ledger.sources[0].format == "alpaca" and not found.ledger.warnings()
+
+
 def test_the_published_files_are_read_whole(corpus: Path) -> None:
     files = sorted((corpus / "data" / "datasets" / "natural_instructions").rglob("*.json"))
     assert len(files) >= 20

@@ -15,7 +15,7 @@ from typing import Any
 
 from lora_tune.data.detect import LOOKED_AT, Detected, chosen
 from lora_tune.data.dividing import Apart, CheckedRows, divide
-from lora_tune.data.formats import FIELDS, FORMATS, RESERVED, check_columns
+from lora_tune.data.formats import FIELDS, FORMATS, NAMED_ONLY, RESERVED, check_columns
 from lora_tune.data.ledger import Ledger, SourceLedger, place_of
 from lora_tune.data.messages import order_notes
 from lora_tune.data.prompted import Prompts, open_prompts, raw_row
@@ -28,7 +28,8 @@ from lora_tune.recipe import DataSource, Eval
 from lora_tune.recipe_values import SHARE
 
 _REMOTE_CHECK_EVERY = 10_000  # rows of a remote stream between two looks at the problems found
-_WORTH_A_WARNING = frozenset(field for fields in FIELDS.values() for field in fields) - {"history", "input"}
+_GUESSED = frozenset(field for name, fields in FIELDS.items() for field in fields if name not in NAMED_ONLY)
+_WORTH_A_WARNING = _GUESSED - {"history", "input"}
 
 
 @dataclass
@@ -76,11 +77,7 @@ def read_conversations(data: Sequence[DataSource], *, hold_out: int | str | Eval
 def _check_fields(data: Sequence[DataSource]) -> None:
     problems = []
     for number, source in enumerate(data):
-        known = (
-            FIELDS[source.format]
-            if source.format != "auto"
-            else tuple({f for fields in FIELDS.values() for f in fields})
-        )
+        known = FIELDS[source.format] if source.format != "auto" else tuple(_GUESSED)
         for field in source.columns or {}:
             if field not in known and source.prompts is None:
                 fix = did_you_mean(field, known) or f"format {source.format} has {', '.join(sorted(known))}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_tune.data.formats import FIELDS, NEEDED, fields_of
+from lora_tune.data.formats import FIELDS, NAMED_ONLY, NEEDED, fields_of
 from lora_tune.data.rows import BadRow, did_you_mean
 
 LOOKED_AT = 20  # rows
@@ -56,7 +56,8 @@ def chosen(name: str, columns: Mapping[str, str] | None, rows: Sequence[Mapping[
 
 
 def _advice(row: Mapping[str, Any]) -> str:
-    known = sorted({field for name in FIELDS for field in FIELDS[name][: NEEDED[name]]})
+    guessed = [name for name in FIELDS if name not in NAMED_ONLY]
+    known = sorted({field for name in guessed for field in FIELDS[name][: NEEDED[name]]})
     for column in row:
         if column not in known and (hint := did_you_mean(column, known)):
             return f"`{column}`: {hint}"
@@ -106,7 +107,7 @@ def _chat(column: str, turn: Mapping[str, Any]) -> Detected | None:
 def _by_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> Detected | None:
     """The first format that has all the fields that `columns` names and whose needed columns are in the row."""
     for name, fields in FIELDS.items():
-        if name == "sni":
+        if name in NAMED_ONLY:
             continue
         mapped = fields_of(name, columns)
         if set(columns) <= set(fields) and all(mapped[field] in row for field in fields[: NEEDED[name]]):

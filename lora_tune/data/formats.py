@@ -100,6 +100,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "table": ("prompt", "completion", "system", "input"),
     "sni": ("definition", "input", "output", "examples", "task", "category"),
 }
+NAMED_ONLY = ("sni",)  # formats that are never guessed from columns
 NEEDED = {"alpaca": 2, "messages": 1, "sharegpt": 1, "prompt_completion": 2, "text": 1, "table": 2, "sni": 3}
 
 
@@ -126,7 +127,7 @@ def _missing(row: Row, name: str, column: str) -> BadRow:
             return BadRow("wrong shape", f"`{column}` is missing, got `{other}`", fix=f"did you mean `{column}`?")
     got = ", ".join(f"`{key}`" for key in list(row)[:5]) + (" …" if len(row) > 5 else "")
     for other, needed in FIELDS.items():
-        if other not in ("table", "sni", name) and all(field in row for field in needed[: NEEDED[other]]):
+        if other not in ("table", name, *NAMED_ONLY) and all(field in row for field in needed[: NEEDED[other]]):
             return BadRow("wrong shape", f"`{column}` is missing, got {got}", fix=f"say `format: {other}`")
     fix = f"format {name} needs {', '.join(FIELDS[name][: NEEDED[name]])}; other names go into `columns`"
     return BadRow("wrong shape", f"`{column}` is missing, got {got}", fix=fix)

@@ -33,7 +33,8 @@ def seconds_of(duration: str) -> int:
         ValueError: no such duration, or none of at least a second.
     """
     match = DURATION.fullmatch(duration)
-    seconds = sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    parts = match.groups() if match else ()
+    seconds = sum(int(part or 0) * unit for part, unit in zip(parts, (3600, 60, 1), strict=False))
     if not seconds:
         raise ValueError(f"a duration such as 45s, 90m, 2h or 1h30m, got {duration!r}")
     return seconds

@@ -31,7 +31,8 @@ from lora_tune.training.schedule import UNLIMITED
 
 _WINDOW = 32  # steps over which the time of a step is averaged
 _UNSURE = 0.005  # the most by which the schedule moves while only the first step is timed
-_DRIFT = 0.05  # a plan that differs by more from the one before is told and written down
+_DRIFT = 0.05  # a plan that differs by more from the one before is written down
+_WORTH_A_LINE = 0.25  # and one that differs by more from the one that was shown last is shown
 _SLACK = 0.01  # share of the budget by which the last step may end late, where half of it fits
 _LINEAR_END = 1e-7  # learning rate at which transformers' polynomial schedule ends
 _TIMESCALE = 10_000  # steps, of its inverse square root without a warm-up
@@ -296,6 +297,7 @@ class _Laps(TrainerCallback):
         self.trainer = trainer
         self.budget = budget
         self._saved = -1
+        self._shown_steps = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.budget.clock, self.budget.told = self.trainer.facts.clock, self._told
@@ -311,10 +313,12 @@ class _Laps(TrainerCallback):
         self._saved = state.global_step
 
     def _told(self, plan: StepPlan) -> None:
-        facts, many = self.trainer.facts, len(self.budget.spent.plans) > 1
-        facts.report(
-            f"{'the speed has changed: ' if many else ''}{plan.steps:,} steps fit into train.budget, at \
+        facts, before = self.trainer.facts, self._shown_steps
+        if abs(plan.steps - before) > _WORTH_A_LINE * before:
+            self._shown_steps = plan.steps
+            facts.report(
+                f"{'the speed has changed: ' if before else ''}{plan.steps:,} steps fit into train.budget, at \
 {plan.step_s:.3g} s each (step {plan.step})"
-        )
+            )
         if facts.display is not None:
             facts.display.on_replan(asdict(plan))

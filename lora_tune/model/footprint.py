@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_tune.model.activations import input_bytes, is_target, kept_after_forward, rank_of, saved_bytes_per_layer
+from lora_tune.model.activations import (
+    has_latents,
+    input_bytes,
+    is_target,
+    kept_after_forward,
+    rank_of,
+    saved_bytes_per_layer,
+)
 from lora_tune.model.calibration import Calibration
 from lora_tune.model.device import Device
 from lora_tune.model.meta_shape import shape_of
@@ -117,7 +124,7 @@ def uncertainty_gib(job: Job, parts: Mapping[str, float]) -> float:
     measured = job.calibration if job.calibration and "peak" in job.calibration.ratios else None
     if measured is not None:
         return peak * max(0.01, measured.spread if measured.spread is not None else 0.03)
-    known = 1.0 if job.shape.known else 3.0
+    known = 1.0 if job.shape.known and not has_latents(job.shape) else 3.0
     return known * sum(share * parts[name] for name, share in _ERROR.items())
 
 

@@ -183,6 +183,9 @@ def test_comparing_in_mid_training_changes_no_gradient_and_no_random_number(
         for turn in range(2):
             if evaluate and turn == 1:
                 compare(adapted, chat, (rows, tokens), metrics=ALL, evaluation=Eval(samples=1), seed=1)
+                adapter_scores(
+                    adapted, chat=chat, held_out=(rows, tokens), metrics=ALL, evaluation=Eval(samples=1), seed=1
+                )
                 assert all(module.training for module in adapted.modules())
             adapted(input_ids=ids, labels=ids).loss.backward()
         return [p.grad for p in adapted.parameters() if p.requires_grad], torch.rand(3)

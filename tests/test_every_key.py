@@ -143,7 +143,7 @@ def trained(recipe: Recipe) -> dict[str, Any]:
     source, folder = find_base(recipe.base), Path(recipe.output)
     chat, rows_ = _prepare(recipe, source)
     folder.mkdir(parents=True)
-    recipe = _resolve(recipe, source, start=Start())
+    recipe, _ = _resolve(recipe, source, start=Start())
     model = _load(recipe, source, rows_, trust_remote_code=None)
     chat.align(model)
     planned = Planned(source.config, recipe.base, recipe.lora, recipe.train, "off")

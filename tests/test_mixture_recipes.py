@@ -89,7 +89,7 @@ def test_two_steps_on_the_embedded_base(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lora_tune.run._prove", lambda *_, **__: None)  # test_recipes_run.py: in a fresh process
     given = [*overrides(name, local, corpus), "base.name=builtin:quickstart", "output=out", *SMALL]
-    given += [f"train.max_length={640 if name == 'sni.yaml' else 256}"]
+    given += [f"train.max_length={448 if name == 'sni.yaml' else 256}"]
     given += ["limits={dropped_rows: 100%, lost_tokens: 100%, lost_end_tokens: 100%}"]
     code = main(["run", str(ROOT / "recipes" / name), *given, "--json"])
     printed = capsys.readouterr()

@@ -106,14 +106,13 @@ def recipe_fits(file: RecipeFile, machine: Machine) -> Iterator[Finding]:
 
 
 def _plan_fits(file: RecipeFile, machine: Machine, *, config: dict[str, object]) -> Iterator[Finding]:
-    from lora_tune.model.memory import device_budget, plan_memory
+    from lora_tune.model.device import this_machine
+    from lora_tune.model.memory import plan_here
 
     recipe = file.recipe
-    device, free_gib = device_budget()
+    device = this_machine().device
     try:
-        plan = plan_memory(
-            config, base=recipe.base, lora=recipe.lora, train=recipe.train, budget_gib=free_gib, device=device
-        )
+        plan = plan_here(config, base=recipe.base, lora=recipe.lora, train=recipe.train)
     except ResourceError as error:
         yield from (Finding("error", one.reason, one.fix) for one in error.problems)
         return

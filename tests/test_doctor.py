@@ -18,7 +18,9 @@ import pytest
 
 from lora_tune import doctor
 from lora_tune.cli import main
+from lora_tune.model import calibration, device, memory
 from lora_tune.model import machine as facts
+from lora_tune.model.cards import CARDS
 from lora_tune.model.conditions import CHECKS, KNOWN_BAD, Finding
 from lora_tune.model.machine import Gpu, Machine, Place, look
 from lora_tune.recipe_file import read_recipe
@@ -268,6 +270,31 @@ def test_a_cached_base_is_found_without_asking(
     assert [finding.verdict for finding in findings] == ["ok", "note"] and "weights" in findings[1].said
     tight = replace(WELL, places=without("output", 1e-9))
     assert any(one.verdict == "error" for one in doctor.recipe_fits(read_recipe(tmp_path / "recipe.yaml"), tight))
+
+
+def test_a_recipe_is_planned_for_the_card_as_the_run_will_plan_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the preflight has measured on this card counts here too."""
+    here = device.Machine("cuda", "NVIDIA GeForce RTX 4090", 14.0, 24.0, CARDS["rtx4090"])
+    for module in (device, memory):
+        monkeypatch.setattr(module, "this_machine", lambda: here)
+    monkeypatch.setenv("LORA_TUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub" / "models--owner--base" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = sizes | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "recipe.yaml").write_text("base: {name: owner/base}\ndata: [{source: rows.jsonl}]\noutput: out\n")
+    file = read_recipe(tmp_path / "recipe.yaml")
+    before = next(iter(doctor.recipe_fits(file, WELL)))
+    calibration.remember("rtx4090", predicted={"peak": 1.0}, measured={"peak": 1.2})
+    after = next(iter(doctor.recipe_fits(file, WELL)))
+    plan = memory.plan_here(config, base=file.recipe.base, lora=file.recipe.lora, train=file.recipe.train)
+    assert plan.calibrated == 1 and after.said.endswith(plan.reason)
+    assert after.verdict == "ok" and after.said != before.said
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ from lora_tune.adapter.folder import (
     write_file,
     write_manifest,
 )
+from lora_tune.adapter.secrets import SECRET_LENGTH, SECRET_NAME
 from lora_tune.model.source import BaseSource, base_fingerprint
 from lora_tune.recipe import Recipe
 from lora_tune.recipe_file import recipe_as_yaml
@@ -61,9 +62,7 @@ _LIBRARIES = (
     "safetensors",
     "tokenizers",
 )
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-_SECRET_LENGTH = 12  # shorter values (`1`, `true`) stand in many a text
 _TOKENIZER_KEYS = (
     "name_or_path", "_name_or_path", "_commit_hash", "auto_map", "backend", "cache_dir", "is_local", "local_files_only",
     "merges_file", "special_tokens_map_file", "token", "tokenizer_file", "use_auth_token", "vocab_file",
@@ -269,7 +268,7 @@ def _one_line(text: str) -> str:
 def without_secrets(text: str) -> str:
     """The text with the values of secret environment variables blacked out."""
     secrets = {
-        value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= _SECRET_LENGTH
+        value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SECRET_LENGTH
     }
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "[secret]")

@@ -29,6 +29,7 @@ from lora_tune.model.source import BaseSource, find_config, stored_bytes
 from lora_tune.model.speed import SPEED_ERROR
 from lora_tune.recipe import Recipe, Train
 from lora_tune.recipe_file import RecipeFile, read_recipe
+from lora_tune.recipe_values import seconds_of
 from lora_tune.terminal import print_json, print_problems, print_table, results, run_app
 
 app = typer.Typer(help="Will it fit, how long will it take, what should change?", add_completion=False)
@@ -174,7 +175,7 @@ def _target(gpu: str) -> Target:
     text = (
         f"no GPU here: planned for the memory of this machine, {machine.free_gib:.1f} GiB free; its speed is not known"
     )
-    return Target("cpu", machine.free_gib, None, text)
+    return Target("cpu", machine.free_gib, None, f"{text} (for a card: --gpu rtx4090)")
 
 
 def _notes(recipe: Recipe, source: BaseSource, plan: MemoryPlan, card: Card | None) -> Iterator[Problem]:
@@ -217,7 +218,6 @@ def _amount(recipe: Recipe, source: BaseSource, model: str | None) -> Amount | N
 def _duration(recipe: Recipe, plan: MemoryPlan, *, amount: Amount | None) -> Duration:
     """Steps and hours of the whole run, as far as they are known."""
     train = recipe.train
-    budget = getattr(train, "budget", None)
     share = 1.0 if train.packing or amount is None else min(1.0, amount.tokens_per_row / train.max_length)
     step_s = plan.step_s * share if plan.step_s else None
     steps, why = train.max_steps, "train.max_steps"
@@ -226,12 +226,16 @@ def _duration(recipe: Recipe, plan: MemoryPlan, *, amount: Amount | None) -> Dur
             _steps(train, amount),
             f"{amount.rows:,} rows of about {amount.tokens_per_row:,.0f} tokens, estimated",
         )
-    if budget:
-        return Duration(None, None, f"train.budget {budget} ends it")
+    if train.budget:
+        seconds = seconds_of(train.budget)
+        steps = max(1, int(seconds / step_s)) if step_s else None
+        after = f", after about {steps:,} steps" if steps else ""
+        return Duration(steps, seconds / 3600, f"train.budget {train.budget} ends it{after}")
     if steps is None:
         return Duration(None, None, "how many steps is not known: the data is not on this machine")
     hours = steps * step_s / 3600 if step_s else None
-    return Duration(steps, hours, f"{steps:,} steps ({why})")
+    time = "" if hours is None else f": about {_clock(hours)}"
+    return Duration(steps, hours, f"{steps:,} steps ({why}){time}")
 
 
 def _steps(train: Train, amount: Amount) -> int:
@@ -262,26 +266,31 @@ def _facts(plan: MemoryPlan, duration: Duration) -> dict[str, Any]:
 def _print(recipe: Recipe, source: BaseSource, plan: MemoryPlan, *, target: Target, duration: Duration) -> None:
     """The plan as a person reads it."""
     console = results()
-    trained = f"{plan.trainable_parameters / 1e6:,.1f} M trained ({recipe.lora.method}, rank {recipe.lora.rank})"
-    console.print(f"{source.name}: {plan.parameters / 1e9:,.2f} B parameters, {trained}")
+    trained = f"{_count(plan.trainable_parameters)} trained ({recipe.lora.method}, rank {recipe.lora.rank})"
+    console.print(f"{source.name}: {_count(plan.parameters)} parameters, {trained}")
     console.print(target.text)
     quantize = recipe.base.quantize
-    weights = plan.parts_gib["weights"] - plan.unquantized_gib
-    rows = [
-        ["weights of linear layers" + ("" if quantize == "none" else f" ({quantize})"), f"{weights:.2f}"],
-        ["embeddings, head, norms, experts", f"{plan.unquantized_gib:.2f}"],
-        *([words, f"{plan.parts_gib[name]:.2f}"] for name, words in _PARTS.items()),
-        ["at the peak", f"{plan.peak_gib:.2f} ± {plan.uncertainty_gib:.2f}"],
-    ]
-    print_table("", ["part", "GiB"], rows)
+    unit, factor, digits = ("GiB", 1, 2) if plan.peak_gib >= 1 else ("MiB", 1024, 1)
+    sizes = {
+        "weights of linear layers" + ("" if quantize == "none" else f" ({quantize})"): (
+            plan.parts_gib["weights"] - plan.unquantized_gib
+        ),
+        "embeddings, head, norms, experts": plan.unquantized_gib,
+        **{words: plan.parts_gib[name] for name, words in _PARTS.items()},
+    }
+    rows = [[words, f"{factor * gib:.{digits}f}"] for words, gib in sizes.items()]
+    peak = "at the peak" if plan.parts_gib["gradients"] else "at the peak, in an evaluation"
+    rows.append([peak, f"{factor * plan.peak_gib:.{digits}f} ± {factor * plan.uncertainty_gib:.{digits}f}"])
+    print_table("", ["part", unit], rows)
     console.print(plan.reason)
     for change in plan.changes:
         console.print(f"  it would fit: {change}")
     if plan.calibrated:
         console.print(f"corrected by {plan.calibrated} measurements of this card")
-    console.print(f"{plan.flop_per_step / 1e12:,.1f} TFLOP a step of {plan.tokens_per_step:,} tokens; {_speed(plan)}")
-    time = "" if duration.hours is None else f": about {_clock(duration.hours)}"
-    console.print(f"{duration.text}{time}")
+    flop = plan.flop_per_step
+    work = f"{flop / 1e12:,.1f} TFLOP" if flop >= 1e12 else f"{flop / 1e9:,.1f} GFLOP"
+    console.print(f"{work} a step of {plan.tokens_per_step:,} tokens; {_speed(plan)}")
+    console.print(duration.text)
 
 
 def _speed(plan: MemoryPlan) -> str:
@@ -289,6 +298,10 @@ def _speed(plan: MemoryPlan) -> str:
         return "seconds unknown"
     error = "" if plan.calibrated else f" (± {SPEED_ERROR:.0%})"
     return f"{plan.step_s:,.2f} s, {plan.tokens_per_s:,.0f} tokens/s{error}"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number:,}"
 
 
 def _clock(hours: float) -> str:

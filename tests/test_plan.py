@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -219,6 +220,45 @@ def test_a_base_in_the_cache_of_the_hub_is_planned_offline(
     write_config(folder / "snapshots" / commit, {})
     assert planned(capsys, "--model", "some/model", "--gpu", "a100-80")["parameters"] == 8030261248
     assert planned(capsys, "--model", "some/model", "--revision", commit, "--gpu", "a100-80")["fits"]
+
+
+def test_a_small_base_is_shown_in_small_units(capsys: pytest.CaptureFixture[str]) -> None:
+    """No part that exists is shown as nothing; the parts shown add up to the peak."""
+    arguments = ["--model", "builtin:quickstart", "--max-length", "256", "--batch-size", "6", "--gpu", "rtx4060"]
+    found = planned(capsys, *arguments)
+    assert main(["plan", *arguments]) == 0
+    shown = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\S.*?)  +([\d.]+)(?: ± [\d.]+)?$", shown, re.MULTILINE))
+    sizes = {name: float(size) for name, size in rows.items()}
+    assert len(sizes) == 10 and min(sizes.values()) > 0, shown
+    assert sizes.pop("at the peak") == pytest.approx(1024 * found["peak_gib"], abs=0.1)
+    assert sum(sizes.values()) == pytest.approx(1024 * found["peak_gib"], abs=1) and "MiB" in shown
+    assert " 0.0 " not in shown and "0.00 B" not in shown and "GFLOP a step" in shown
+    assert f"{found['parameters'] / 1e6:.1f} M parameters" in shown
+    assert "the largest power of two that divides batch_size 6" in shown
+    assert main(["plan", *arguments, "train.micro_batch_size=3"]) == 0
+    assert "as the recipe says" in capsys.readouterr().out
+    assert main(["plan", "--model", "builtin:quickstart", "--batch-size", "4", "--gpu", "rtx4060"]) == 0
+    assert "the whole batch_size 4" in capsys.readouterr().out
+
+
+def test_a_time_budget_says_how_long_it_takes(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(base), "--gpu", "rtx4090", "train.budget=1h30m"]
+    found = planned(capsys, *arguments)
+    assert found["hours"] == pytest.approx(1.5)
+    assert main(["plan", *arguments]) == 0
+    assert f"1h30m ends it, after about {int(5400 / found['step_s']):,} steps" in capsys.readouterr().out
+    assert planned(capsys, *arguments[:2], "train.budget=90m", "--gpu", "24GiB")["hours"] == pytest.approx(1.5)
+
+
+def test_a_peak_outside_of_training_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is kept for a backward pass then: zeros that would puzzle."""
+    folder = write_config(tmp_path / "base", {"num_hidden_layers": 1, "vocab_size": 1_000_000})
+    arguments = ["--model", str(folder), "--quantize", "none", "--gpu", "a100-80"]
+    found = planned(capsys, *arguments, "train.micro_batch_size=1")
+    assert found["parts_gib"]["activations"] == 0
+    assert main(["plan", *arguments, "train.micro_batch_size=1"]) == 0
+    assert "at the peak, in an evaluation" in capsys.readouterr().out
 
 
 def test_an_old_card_computes_in_float16(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,10 +211,14 @@ def _why(job: Job, choice: Choice, budget_gib: float, card: Card | None) -> str:
     whole = Choice(choice.micro, 0, choice.optimizer)
     if choice.checkpointed and train.gradient_checkpointing == "auto" and not fits(job, whole, budget_gib):
         return f"without recomputing it would need {needed_gib(job, whole):.1f} GiB, and 5 % stay free"
+    if train.micro_batch_size != "auto":
+        return "the micro-batch as the recipe says"
     if larger not in micro_batches(job):
         if train.packing and larger * train.max_length > MOST_TOKENS and train.batch_size % larger == 0:
             return f"a larger micro-batch gains nothing above {MOST_TOKENS} tokens"
-        return f"the largest micro-batch that divides batch_size {train.batch_size}"
+        whole_batch = f"the whole batch_size {train.batch_size}"
+        powers = f"the largest power of two that divides batch_size {train.batch_size}"
+        return whole_batch if choice.micro == train.batch_size else powers
     other = Choice(larger, choice.checkpointed, choice.optimizer)
     if not fits(job, other, budget_gib):
         recomputed = choose(_fixed(job, larger), budget_gib, card=card)

@@ -340,6 +340,28 @@ def test_a_signal_ends_a_command_in_one_line(number: signal.Signals) -> None:
     assert done.stderr == f"stopped by {number.name}, while thinking\n"
 
 
+@pytest.mark.parametrize("moment", ["importing", "leaving"])
+def test_ctrl_c_outside_of_a_command_leaves_without_a_traceback(moment: str) -> None:
+    program = f"""
+import atexit, os, signal, sys
+from lora_tune import cli
+
+class Importing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lora_tune.doctor":
+            os.kill(os.getpid(), signal.SIGINT)
+
+if {moment == "importing"}:
+    sys.meta_path.insert(0, Importing())
+else:
+    atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.argv = ["lora-tune", "doctor", "--help"]
+cli.entry()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGINT and done.stderr == ""
+
+
 def test_nohup_goes_on_through_a_hangup() -> None:
     code = SIGNALLED.replace("signal.pause()", "print('went on')")
     quiet = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{code}"

@@ -17,6 +17,7 @@ from lora_tune.errors import DataError
 from lora_tune.evaluation import losses, report
 from lora_tune.evaluation.evaluate import adapter_scores, compare, sample_answers
 from lora_tune.evaluation.losses import RowLoss, mean_loss, row_losses
+from lora_tune.evaluation.metrics import METRICS
 from lora_tune.evaluation.questions import as_question, choose, readable
 from lora_tune.evaluation.scores import Sample, Score
 from lora_tune.model.base import load_base
@@ -283,6 +284,21 @@ def test_the_report_shows_numbers_and_samples_and_sends_no_control_characters(
     for words in ("loss ↓", "exact_match ↑", "3.0000", "-2.0000", "-2.2000 … -1.8000", "[red]why[/red]?", "because"):
         assert words in shown
     assert "\x1b" not in shown
+
+
+def test_no_number_is_cut_off_in_a_terminal_of_80_columns() -> None:
+    from rich.console import Console
+
+    wide = Score(base=10.4387, adapter=0.0612, low=-12.04, high=-9.07, p_value=0.0001, rows=600, direction="lower")
+    lift = Score(base=0.0, adapter=0.945, low=0.9267, high=0.9617, p_value=4e-171, rows=12_000, direction="higher")
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.scores_table({**dict.fromkeys(METRICS, lift), "loss": wide}))
+    shown = console.export_text()
+    assert all(f"{name} ↑" in shown for name in METRICS if name != "loss")
+    assert all(words in shown for words in ("adapter", " rows", "10.44", "-12.04 … -9.07", "600"))
+    for words in ("0.9450", "+0.9450", "+0.9267 … +0.9617", "<0.001", "12000"):
+        assert shown.count(words) >= len(METRICS) - 1, words
+    assert shown.count("…") == len(METRICS)  # of the intervals
 
 
 def test_few_rows_are_called_few() -> None:

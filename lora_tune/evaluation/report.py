@@ -23,7 +23,16 @@ _FEW = 30  # rows below which a percentile interval is too narrow to be relied o
 
 def scores_table(scores: Mapping[str, Score], *, title: str = "base against adapter") -> Table:
     """The scores as a table; a difference whose interval excludes 0 is green where better, red where worse."""
-    table = Table(title=title, title_justify="left", caption=_note(scores), caption_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=_note(scores),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 0, 0, 1),
+    )
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "metric" else "right", no_wrap=True)
     for name, score in scores.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lora_tune.model.cards import CARDS
 from lora_tune.model.device import Machine
 from lora_tune.recipe import Base, Lora, Train
 from lora_tune.recipe_file import RecipeFile
+from lora_tune.training import preflight
 from lora_tune.training.planned import Planned
 from lora_tune.training.progress import read_metrics
 from lora_tune.training.replan import ReplanningTrainer
@@ -151,6 +153,46 @@ def test_shorter_rows_are_compared_with_a_plan_of_their_length(planned: Planned)
     planned.remember(half.peak_gib - half.parts_gib["runtime"], micro_batch_size=2, tokens=2048, machine=GPU)
     known = calibration.read("rtx4090")
     assert known is not None and known.ratios["peak"] == pytest.approx(1, abs=1e-6)
+
+
+def test_an_evaluation_that_takes_what_is_free_teaches_nothing(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its batches are halved until they fit: a plan corrected by them would refuse the run that has just been made."""
+    plan = planned.at(2, tokens=4096, machine=GPU)
+    training = plan.peak_gib - plan.parts_gib["runtime"]
+    measured = preflight.Measured(
+        how="GPU memory allocated",
+        micro_batch_size=2,
+        tokens=4096,
+        peaks_gib={"training": training, "evaluation": training + 4, "generation": training + 6},
+        weights_gib=plan.parts_gib["weights"],
+        step_s=plan.step_s or 0.0,
+        checkpoint_bytes=1,
+        checkpoint_s=0.1,
+        seconds=1.0,
+    )
+    monkeypatch.setattr(preflight, "try_out", lambda *_, **__: measured)
+    monkeypatch.setattr(preflight, "this_machine", lambda: GPU)
+    told: list[str] = []
+    trainer: Any = SimpleNamespace(facts=SimpleNamespace(report=told.append))
+    preflight.check_before_training(trainer, planned, chat=None, held_out=())  # type: ignore[arg-type]
+    known = calibration.read("rtx4090")
+    assert known is not None and known.ratios["peak"] == pytest.approx(1, abs=1e-6) and known.step_ratio is not None
+    assert "generation" in told[1]
+
+
+def test_a_plan_of_an_evaluation_is_not_compared_with_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_TUNE_CACHE", str(tmp_path / "cache"))
+    wide = LLAMA | {"num_hidden_layers": 1, "vocab_size": 1_000_000}
+    planned = Planned(wide, Base(name="x", quantize="none"), Lora(), TRAIN.model_copy(update={"micro_batch_size": 1}))
+    plan = planned.at(1, machine=GPU)
+    assert not plan.parts_gib["gradients"]
+    planned.remember(9.0, micro_batch_size=1, step_s=plan.step_s, machine=GPU)
+    known = calibration.read("rtx4090")
+    assert known is not None and known.ratios == {} and known.step_ratio is not None
 
 
 def test_resident_memory_of_a_cpu_teaches_nothing(planned: Planned) -> None:

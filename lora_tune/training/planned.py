@@ -55,7 +55,7 @@ class Planned:
         step_s: float | None = None,
         machine: Machine | None = None,
     ) -> None:
-        """Keep what was measured on this GPU: the peak of allocated memory, and the seconds of a step."""
+        """Keep what was measured on this GPU: the memory that training took, and the seconds of a step."""
         machine = machine or this_machine()
         if machine.device != "cuda":
             return
@@ -63,9 +63,10 @@ class Planned:
         plan, known = self.at(micro_batch_size, tokens=tokens, machine=machine), calibration.read(key)
         learned = known.step_ratio if known and known.step_ratio else 1.0  # which is in the plan's seconds already
         formula = plan.formula_gib
+        is_of_training = formula["gradients"] > 0  # a plan whose peak is in an evaluation is no measure of a training
         calibration.remember(
             key,
-            predicted={"peak": sum(formula.values())},
+            predicted={"peak": sum(formula.values())} if is_of_training else {},
             measured={"peak": peak_gib + formula["runtime"]},  # torch counts neither its context nor its fragments
             step_s=(plan.step_s / learned, step_s) if plan.step_s and step_s else None,
         )

@@ -157,7 +157,7 @@ def check_before_training(
     for line in found.lines(plan.peak_gib - runtime_gib):
         trainer.facts.report(line)
     planned.remember(
-        max(found.peaks_gib.values()),
+        found.peaks_gib["training"],  # an evaluation takes what is free, and is halved where that is less
         micro_batch_size=found.micro_batch_size,
         tokens=found.tokens,
         step_s=found.step_s,

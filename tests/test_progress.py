@@ -131,6 +131,24 @@ def test_the_picture_shows_both_losses(
     assert list(held_out.get_xdata()) == [2, 4, 6] and list(held_out.get_ydata()) == [2.5, 2.25, 2.125]
 
 
+def test_a_disk_that_refuses_the_picture_leaves_no_half_of_it(finished: tuple[Any, Path], tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    _, folder = finished
+    picture, reserve = tmp_path / "loss.png", tmp_path / "checkpoints" / ".reserve"
+    picture.write_bytes(b"older")
+    reserve.parent.mkdir()
+    reserve.write_bytes(b"room")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            draw_loss(folder / METRICS, picture)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert picture.read_bytes() == b"older" and not list(tmp_path.glob(".*"))
+    assert not reserve.exists()  # the room for the end was tried as well
+
+
 def test_numbers_that_are_not_finite_stay_json(tmp_path: Path) -> None:
     row = progress.step_row({"loss": 1.5, "grad_norm": float("inf"), "learning_rate": 0.0}, step=1, epoch=0.5)
     assert json.loads(json.dumps(row, allow_nan=False))["grad_norm"] == "inf"

@@ -62,13 +62,13 @@ class MetricsFile:
             self._stream = None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace the file with this text, or leave it as it was. Raises: OSError."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace the file with this content, or leave it as it was. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.tmp")
     try:
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with part.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(path)

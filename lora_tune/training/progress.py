@@ -10,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,7 +164,10 @@ def step_row(logs: Mapping[str, Any], *, step: int, epoch: float) -> dict[str, A
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:
-    """Draw the loss over the optimizer steps, and the held-out loss where there is one, as a PNG."""
+    """Draw the loss over the optimizer steps, and the held-out loss where there is one, as a PNG, whole or not at all.
+
+    On a full disk it takes of the room that was set aside for the end. Raises: OSError.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -183,7 +187,13 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     axes.set_ylabel("loss (nats per trained token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, format="png")
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    try:
+        write_whole(picture, drawn.getvalue())
+    except OSError:
+        give_back(picture.parent / CHECKPOINTS / RESERVE)
+        write_whole(picture, drawn.getvalue())
 
 
 def tracker_callbacks(track: Sequence[str], *, folder: Path) -> list[TrainerCallback]:

@@ -191,6 +191,16 @@ def test_what_does_not_fit_ends_with_4_and_three_changes(base: Path, capsys: pyt
     assert planned(capsys, *arguments[:2], "--gpu", "rtx3060")["fits"]
 
 
+def test_a_larger_card_is_compared_with_one_whose_speed_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_config(tmp_path / "base", {"num_hidden_layers": 100})
+    for card, has_time in (("rtx4060", True), ("8GiB", False)):
+        (problem,) = planned(capsys, "--model", str(folder), "--gpu", card, code=4)["problems"]
+        cards = re.findall(r"take a card of [^;]* \(([^)]*)\)", problem["fix"])
+        assert len(cards) == 3 and all(re.fullmatch(r"[\d.]+ GiB" + ", .*%.*" * has_time, text) for text in cards)
+
+
 def test_auto_is_the_card_in_this_machine(
     base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

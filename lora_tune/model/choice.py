@@ -19,15 +19,19 @@ _LOWEST_RANK = 4
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of the recipe that makes it fit: in words, GiB at the peak, and seconds per token over those before."""
+    """A change of the recipe that makes it fit: in words, GiB at the peak, and seconds per token over those before.
+
+    `time_ratio` is None for a larger card than one whose speed is not known.
+    """
 
     words: str
     peak_gib: float
-    time_ratio: float
+    time_ratio: float | None
     alters: int
 
     def __str__(self) -> str:
-        return f"{self.words} ({self.peak_gib:.1f} GiB, {slower(self.time_ratio)})"
+        time = "" if self.time_ratio is None else f", {slower(self.time_ratio)}"
+        return f"{self.words} ({self.peak_gib:.1f} GiB{time})"
 
 
 def slower(time_ratio: float) -> str:
@@ -136,7 +140,7 @@ def cheapest_changes(job: Job, budget_gib: float, *, card: Card | None, most: in
                 found.append((names, Change(f"set {words}", peak, ratio, sum(step.alters for step in chosen))))
         if len(found) >= most:
             break
-    changes = sorted((change for _, change in found), key=lambda change: (change.alters, change.time_ratio))[:most]
+    changes = sorted((change for _, change in found), key=lambda change: (change.alters, change.time_ratio or 0))[:most]
     return changes + list(_larger_cards(job, budget_gib, card=card))[: most - len(changes)]
 
 
@@ -197,8 +201,9 @@ def _larger_cards(job: Job, budget_gib: float, *, card: Card | None) -> Iterator
     for larger in sorted(CARDS.values(), key=lambda card: (card.memory_gib, -card.tflops)):
         choice = choose(job, usable_gib(larger), card=larger) if larger.memory_gib > size else None
         if choice is not None:
-            here = card if card and card.tflops else larger
-            ratio = _seconds_per_token(job, choice, larger) / _seconds_per_token(job, _unlimited(job, here), here)
+            ratio = None
+            if card and card.tflops:
+                ratio = _seconds_per_token(job, choice, larger) / _seconds_per_token(job, _unlimited(job, card), card)
             peak = sum(parts_gib(job, choice).values())
             yield Change(f"take a card of {larger.memory_gib:g} GiB such as {larger.name}", peak, ratio, 3)
             size = larger.memory_gib * 1.25

@@ -123,6 +123,7 @@ def test_the_command_asks_tasks_alone(place: tuple[Path, Any], capsys: pytest.Ca
     assert main([*command, "--at-least", "colours:acc=1.5"]) == 1
     said = capsys.readouterr()
     assert "acc ↑" in said.out and "colours: acc: the adapter's score must be at least 1.5" in said.err
+    assert "it/s" not in said.err and len(said.err.splitlines()) == 1, "no bars where stderr is no terminal"
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ and its templates may reach Python's internals (neither does here).
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -307,8 +309,10 @@ def _quiet() -> Iterator[None]:
     sandbox = SandboxedEnvironment(loader=own.loader, undefined=own.undefined, keep_trailing_newline=True)
     sandbox.filters.update(own.filters)
     utils.env = sandbox
+    shown = sys.stderr is None or sys.stderr.isatty()
     try:
-        yield
+        with nullcontext() if shown else redirect_stderr(io.StringIO()):
+            yield
     finally:
         utils.env = own
         logger.setLevel(level)

@@ -362,6 +362,14 @@ cli.entry()
     assert done.returncode == -signal.SIGINT and done.stderr == ""
 
 
+def test_the_end_of_a_command_does_not_walk_all_objects_again() -> None:
+    """With torch imported that is most of the time from a signal to the exit: 1.75 s of CPU against 0.21 s."""
+    program = "import atexit, gc, sys; from lora_tune import cli; sys.argv = ['lora-tune', '--version']\n"
+    program += "atexit.register(lambda: print(gc.get_freeze_count())); cli.entry()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and int(done.stdout.split()[-1]) > 1000
+
+
 def test_nohup_goes_on_through_a_hangup() -> None:
     code = SIGNALLED.replace("signal.pause()", "print('went on')")
     quiet = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{code}"

@@ -101,14 +101,14 @@ def ranking(model: Any, chat: ChatTemplate, data: Path, count: int) -> dict[str,
             ],
         }
     )
-    pairs = zip(chain(*found["whole_prompts"]), chain(*found["shared_prompt"]), strict=True)
-    apart = max(abs(one - two) / abs(one) for one, two in pairs)
+    pairs = list(zip(chain(*found["whole_prompts"]), chain(*found["shared_prompt"]), strict=True))
     return {
         "rows": count,
         "choices": CHOICES,
         "rows_per_s": {name: round(count / value, 1) for name, value in seconds.items()},
         "times": round(seconds["whole_prompts"] / seconds["shared_prompt"], 2),
-        "largest_relative_difference": float(f"{apart:.2g}"),
+        "largest_difference_nats": float(f"{max(abs(one - two) for one, two in pairs):.2g}"),
+        "largest_log_prob_nats": round(max(abs(one) for one, _ in pairs), 1),
     }
 
 

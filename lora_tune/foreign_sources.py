@@ -50,6 +50,9 @@ def _one_source(draft: Draft, entry: dict[str, Any]) -> list[str]:
     for key, value in entry.items():
         if value is None:
             continue
+        if isinstance(value, dict) or (isinstance(value, list) and key != "columns"):
+            lost.append(f"{key} of a source has no counterpart")
+            continue
         if key == "type":
             kind = _FORMATS.get(str(value).partition(".")[0])
             source |= {"format": kind} if kind else {}

@@ -42,8 +42,10 @@ def put(path: str, *, kind: Callable[[Any], Any] | None = None) -> Rule:
 
     def rule(draft: Draft, value: Any) -> str | None:
         try:
+            if kind is None and isinstance(value, (list, dict)):
+                raise ValueError
             draft.values[path] = kind(value) if kind else value
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return f"is no value for {path}"
         return None
 
@@ -94,6 +96,14 @@ def _share(value: Any) -> int | str:
     """0.05 as 5%, a whole number as it is."""
     number = float(value)
     return f"{100 * number:g}%" if 0 < number < 1 else int(number)
+
+
+def _names(value: Any) -> list[str]:
+    """A list of names, or one name. Raises: ValueError."""
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError
+    return names
 
 
 def _base_name(draft: Draft, value: Any) -> str | None:
@@ -277,7 +287,7 @@ RULES: dict[str, Rule] = {
     "lora_projection": modules("o_proj"),
     **dict.fromkeys(("lora_mlp", "apply_lora_to_mlp"), modules(*_MLP)),
     **dict.fromkeys(("lora_head", "apply_lora_to_output"), modules("lm_head")),
-    **dict.fromkeys(("lora_modules_to_save", "additional_target"), put("lora.modules_to_save", kind=list)),
+    **dict.fromkeys(("lora_modules_to_save", "additional_target"), put("lora.modules_to_save", kind=_names)),
     "use_rslora": when("lora.method", "rslora"),
     "use_dora": when("lora.method", "dora"),
     "pissa_init": when("lora.method", "pissa"),

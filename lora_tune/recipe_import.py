@@ -108,7 +108,7 @@ def _carry(draft: Draft, parts: tuple[str, ...], node: Node, file: str) -> Probl
     elif rule is not None and not (rule is RULES.get("batch_size") and parts[0] == "eval"):
         try:
             reason = rule(draft, value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             reason = "is no value for this key"
     elif value is False or value in (0, "none"):
         return None  # off there, and not there here

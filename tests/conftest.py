@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ os.environ.update(
     NO_COLOR="1",
     MPLBACKEND="Agg",
 )
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # started under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 for name in ("HF_TOKEN", "FORCE_COLOR", "CLICOLOR_FORCE"):
     os.environ.pop(name, None)
 

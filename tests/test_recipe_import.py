@@ -195,7 +195,7 @@ VALUES = st.one_of(
 @given(st.dictionaries(st.sampled_from(sorted({rule.rpartition(".")[2] for rule in RULES})), VALUES, max_size=12))
 def test_any_values_give_a_recipe_text_and_no_fault(tmp_path_factory: Any, content: dict[str, Any]) -> None:
     path = tmp_path_factory.mktemp("any") / "x.yaml"
-    path.write_text(json.dumps({"base_model": "org/base", **content}))
+    path.write_text(json.dumps({**content, "base_model": "org/base"}))
     imported = import_recipe(path)
     assert "base:" in imported.text and "data:" in imported.text
 

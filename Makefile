@@ -18,12 +18,16 @@ PIP := $(PY) -m pip install --quiet
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test faults lint typecheck example-adapter wheel clean
+.PHONY: quickstart test coverage faults lint typecheck example-adapter wheel clean
 
 quickstart: $(VENV)/.installed
 	$(PY) -m lora_tune.run recipes/quickstart.yaml --overwrite
 
 test: lint typecheck
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile
+
+# the same tests, and the lines that none of them runs
+coverage: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing
 
 # every fault of tests/faults at every file operation of a run (half an hour); goes on where it was interrupted

@@ -356,6 +356,18 @@ def test_links_and_doubles_and_cut_archives_are_refused(folders: dict[str, Path]
     assert not (tmp_path / "new").exists()
 
 
+def test_damaged_bytes_inside_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    archive = _archive(folders["plain"], tmp_path / "x.zip", {})
+    data = bytearray(archive.read_bytes())
+    with zipfile.ZipFile(archive) as source:
+        start = source.getinfo("tokenizer.json").header_offset + 200
+    data[start : start + 40] = b"\xff" * 40
+    archive.write_bytes(data)
+    with pytest.raises(CheckFailed, match="no sound ZIP"):
+        unpack(archive, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_declared_size_that_lies_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     archive = _archive(folders["plain"], tmp_path / "x.zip", {})
     data = bytearray(archive.read_bytes())

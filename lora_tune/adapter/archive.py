@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,12 +36,7 @@ def pack(folder: Path, archive: Path) -> int:
     Raises: CheckFailed where the folder fails a check, is unfinished or holds a secret or a local path,
         UsageError where the archive cannot be written.
     """
-    errors = [problem for problem in run_checks(Subject(folder)) if problem.severity == "error"]
-    errors += secrets_in(folder) if not errors else []
-    if errors:
-        raise CheckFailed(errors)
-    if not (folder / MANIFEST).exists():
-        raise CheckFailed(Problem("has no manifest", "only folders of a finished run are packed", str(folder)))
+    refuse_unfit(folder)
     names = [name for name in FILES if (folder / name).is_file()]
     beside = archive.with_name(f".{archive.name}.tmp")
     try:
@@ -72,12 +68,31 @@ def unpack(archive: Path, folder: Path, *, max_bytes: int = MOST_BYTES) -> list[
                 for entry in _entries(source, archive, max_bytes=max_bytes):
                     with source.open(entry) as stream:
                         _copy(stream, scratch / entry.filename, entry=entry, archive=archive)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, UnicodeError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, UnicodeError, zlib.error) as error:
             raise CheckFailed(_refused(archive, f"is no sound ZIP archive: {str(error)[:120]}")) from None
-        problems = [_placed(problem, scratch, archive) for problem in run_checks(Subject(scratch))]
-        errors = [problem for problem in problems if problem.severity == "error"]
-        if errors:
-            raise CheckFailed(errors)
+        return checked(scratch, inside=f"{archive}!")
+
+
+def refuse_unfit(folder: Path) -> None:
+    """Raise CheckFailed where a folder must not be handed on: a check fails, a secret or a local path, no manifest."""
+    errors = [problem for problem in run_checks(Subject(folder)) if problem.severity == "error"]
+    errors += secrets_in(folder) if not errors else []
+    if not errors and not (folder / MANIFEST).exists():
+        errors.append(Problem("has no manifest", "only folders of a finished run are handed on", str(folder)))
+    if errors:
+        raise CheckFailed(errors)
+
+
+def checked(scratch: Path, *, inside: str) -> list[Problem]:
+    """The warnings and notes of a stranger's folder; its files are named as `inside` says, such as `archive.zip!`.
+
+    Raises: CheckFailed with everything for which it is refused.
+    """
+    named = {str(scratch): inside.rstrip("!/")} | {str(scratch / name): f"{inside}{name}" for name in FILES}
+    problems = [replace(found, file=named.get(str(found.file), inside)) for found in run_checks(Subject(scratch))]
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        raise CheckFailed(errors)
     return problems
 
 
@@ -120,12 +135,6 @@ def _copy(stream: IO[bytes], path: Path, *, entry: zipfile.ZipInfo, archive: Pat
             sink.write(block)
     if left:
         raise CheckFailed(_refused(archive, f"{entry.filename} has another size than declared"))
-
-
-def _placed(problem: Problem, scratch: Path, archive: Path) -> Problem:
-    """The problem with its file named inside the archive, not in the scratch folder."""
-    inside = Path(problem.file).name if problem.file and Path(problem.file) != scratch else ""
-    return replace(problem, file=f"{archive}!{inside}" if inside else str(archive))
 
 
 def _refused(archive: Path, reason: str, fix: str = "do not use it") -> Problem:

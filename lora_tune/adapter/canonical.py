@@ -88,13 +88,16 @@ def _change(a_RI: torch.Tensor, b_OR: torch.Tensor, a_new: torch.Tensor, b_new: 
     """‖B′A′ − BA‖ / ‖BA‖ from the small matrices of both, stacked: the difference is [B′ −B] · [A′; A]."""
     import torch
 
-    def norm(b: torch.Tensor, a: torch.Tensor) -> float:
-        # the triangular factors have the norms of the products, without the loss of digits of Gram matrices
-        return float(torch.linalg.norm(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T))
-
-    before = norm(b_OR, a_RI)
-    difference = norm(torch.cat([b_new, -b_OR], dim=1), torch.cat([a_new, a_RI], dim=0))
+    before = _product_norm(b_OR, a_RI)
+    difference = _product_norm(torch.cat([b_new, -b_OR], dim=1), torch.cat([a_new, a_RI], dim=0))
     return difference / before if before > 0 else difference
+
+
+def _product_norm(b_OR: torch.Tensor, a_RI: torch.Tensor) -> float:
+    """‖BA‖ by triangular factors, rank × rank each, without the loss of digits of Gram matrices."""
+    import torch
+
+    return float(torch.linalg.norm(torch.linalg.qr(b_OR).R @ torch.linalg.qr(a_RI.T).R.T))
 
 
 def _config(config: dict[str, Any], rank: int, modules: dict[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _updates(path: Path, header: Mapping[str, TensorEntry], settings: LoraSettin
 
 
 def read_matrix(path: Path, entry: TensorEntry) -> numpy.ndarray:
-    """A tensor of a checked file as float64, whatever it is stored in."""
+    """A tensor of a checked file as float64 in its own shape, such as (rank, in), whatever it is stored in."""
     import numpy
 
     with path.open("rb") as stream:

@@ -7,16 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lora_tune.adapter.archive import MOST_BYTES
-from lora_tune.adapter.checks import Subject, run_checks
-from lora_tune.adapter.folder import FILES, MANIFEST, WEIGHTS, read_manifest, write_file, write_manifest
+from lora_tune.adapter.archive import MOST_BYTES, checked, refuse_unfit
+from lora_tune.adapter.folder import FILES, WEIGHTS, read_manifest, write_file, write_manifest
 from lora_tune.adapter.new_folder import new_folder
 from lora_tune.adapter.regular_file import read_capped
-from lora_tune.adapter.secrets import secrets_in
 from lora_tune.errors import CheckFailed, Problem, UsageError
 from lora_tune.model import hub
 
@@ -50,12 +48,7 @@ def push(
     """
     if not hub.is_repository_id(repository) or "/" not in repository:
         raise UsageError(f"must be owner/name, got {repository!r}", "name the repository to push to")
-    errors = [problem for problem in run_checks(Subject(folder)) if problem.severity == "error"]
-    errors += secrets_in(folder) if not errors else []
-    if not errors and not (folder / MANIFEST).exists():
-        errors.append(Problem("has no manifest", "only folders of a finished run are pushed", str(folder)))
-    if errors:
-        raise CheckFailed(errors)
+    refuse_unfit(folder)
     with _licensed(folder, license_name) as (ready, name), hub.explained(f"repository {repository!r}", repository):
         from huggingface_hub import HfApi
 
@@ -87,11 +80,7 @@ def pull(repository: str, folder: Path, *, revision: str | None = None, max_byte
         for name in FILES:
             if (cached / name).is_file():
                 shutil.copyfile(cached / name, scratch / name)  # the cache holds links to its blobs
-        problems = [_placed(problem, scratch, repository) for problem in run_checks(Subject(scratch))]
-        errors = [problem for problem in problems if problem.severity == "error"]
-        if errors:
-            raise CheckFailed(errors)
-    return problems
+        return checked(scratch, inside=f"{repository}/")
 
 
 def _refuse_large(repository: str, revision: str | None, max_bytes: int) -> None:
@@ -140,8 +129,3 @@ def _licensed(folder: Path, license_name: str | None) -> Iterator[tuple[Path, st
         write_file(copy, CARD, changed.encode())
         write_manifest(copy, read_manifest(folder))
         yield copy, license_name
-
-
-def _placed(problem: Problem, scratch: Path, repository: str) -> Problem:
-    inside = Path(problem.file).name if problem.file and Path(problem.file) != scratch else ""
-    return replace(problem, file=f"{repository}/{inside}" if inside else repository)

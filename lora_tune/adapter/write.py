@@ -267,9 +267,7 @@ def _one_line(text: str) -> str:
 
 def without_secrets(text: str) -> str:
     """The text with the values of secret environment variables blacked out."""
-    secrets = {
-        value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SECRET_LENGTH
-    }
+    secrets = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SECRET_LENGTH}
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "[secret]")
     return text

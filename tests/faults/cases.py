@@ -95,7 +95,7 @@ class Reference:
 class Grid:
     """Servers and references for cases; `play` runs one."""
 
-    library: Path
+    injector: Path
     folder: Path
     servers: dict[str, Server] = field(default_factory=dict)
     references: dict[str, Reference] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class Grid:
         if name not in self.servers:
             faults = {"FAULT_DROP_UNSYNCED": "1"} if name == "power cut" else {}
             folder = self.folder / f"server-{name.replace(' ', '-')}"
-            self.servers[name] = Server(self.library, folder, faults).__enter__()
+            self.servers[name] = Server(self.injector, folder, faults).__enter__()
             self.servers[name].warm(places.write_place(folder / "warm", NF4))
         return self.servers[name]
 
@@ -165,13 +165,13 @@ class Grid:
         if case.server != "process":
             return self.server(case.server).run(folder, arguments, fault, proof=self.proof)
         if fault is None:
-            return process(self.library, folder, arguments, {})
+            return process(self.injector, folder, arguments, {})
         if fault.kill_after_s is not None:
-            return process(self.library, folder, arguments, {}, kill_after_s=fault.kill_after_s)
+            return process(self.injector, folder, arguments, {}, kill_after_s=fault.kill_after_s)
         faults = {"FAULT_MODE": fault.mode, "FAULT_AT": str(fault.at), "FAULT_ERRNO": str(fault.errno)}
         if fault.signal:
             faults["FAULT_SIGNAL"] = str(fault.signal["number"])
-        return process(self.library, folder, arguments, faults)
+        return process(self.injector, folder, arguments, faults)
 
     def _damaged(self, case: Case, folder: Path) -> Attempt:
         """A copy of a run that was killed in its third save, its newest checkpoint damaged as the case says."""

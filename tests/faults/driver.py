@@ -20,21 +20,21 @@ RESUME = (*RUN, "--resume")
 
 
 def build_injector(corpus: Path, folder: Path) -> Path:
-    """Compile the corpus' injector into `folder`; returns the library."""
-    library = folder / "fault.so"
+    """Compile the corpus' injector into `folder`; returns the injector."""
+    injector = folder / "fault.so"
     source = corpus / "cases" / "fault_injector" / "fault.c"
     compiler = shutil.which("gcc") or shutil.which("cc") or "cc"
     subprocess.run(
-        [compiler, "-O2", "-fPIC", "-shared", "-o", library, source, "-ldl"], check=True, capture_output=True
+        [compiler, "-O2", "-fPIC", "-shared", "-o", injector, source, "-ldl"], check=True, capture_output=True
     )
-    return library
+    return injector
 
 
-def environment(library: Path, folder: Path, faults: Mapping[str, str]) -> dict[str, str]:
+def environment(injector: Path, folder: Path, faults: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process that runs under the injector; `faults` are the injector's variables."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FAULT_", "LORA_TUNE_", "HF_"))}
     return kept | {
-        "LD_PRELOAD": str(library),
+        "LD_PRELOAD": str(injector),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         "HF_HOME": str(folder / "hub"),
@@ -79,7 +79,7 @@ class Attempt:
 class Server:
     """A warm process for runs (`server.py`). `faults`: variables of the injector that hold for all its runs."""
 
-    library: Path
+    injector: Path
     folder: Path
     faults: Mapping[str, str] = field(default_factory=dict)
 
@@ -91,7 +91,7 @@ class Server:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.server"],
             cwd=ROOT,
-            env=environment(self.library, self.folder, watched | dict(self.faults)),
+            env=environment(self.injector, self.folder, watched | dict(self.faults)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -138,12 +138,12 @@ class Server:
 
 
 def process(
-    library: Path, case: Path, arguments: Sequence[str], faults: Mapping[str, str], *, kill_after_s: float = 300.0
+    injector: Path, case: Path, arguments: Sequence[str], faults: Mapping[str, str], *, kill_after_s: float = 300.0
 ) -> Attempt:
     """The same as a process of its own, started by the command that a user types."""
     work = case / "work"
     home = {"LORA_TUNE_CACHE": str(work / "cache"), "TMPDIR": str(work / "tmp"), "FAULT_DIR": str(work)}
-    env = environment(library, case, home | dict(faults))
+    env = environment(injector, case, home | dict(faults))
     run = subprocess.Popen(
         [sys.executable, "-m", "lora_tune", *arguments],
         cwd=work,

@@ -69,7 +69,7 @@ def main() -> None:
 
 @cache
 def injector() -> Any:
-    """The preloaded library, to be armed in a fork."""
+    """The preloaded injector, to be armed in a fork."""
     return ctypes.CDLL(os.environ["LD_PRELOAD"])
 
 

@@ -13,7 +13,7 @@ def test_a_run_in_a_fork_is_the_run_of_a_process(grid: Grid) -> None:
     """The same adapter, the same file operations, and the kill comes where it was asked for."""
     reference = grid.reference(NF4)
     case = copy_place(reference.place, grid.folder / "alone")
-    done = process(grid.library, case, RUN, {"FAULT_LOG": str(case / "operations.txt")})
+    done = process(grid.injector, case, RUN, {"FAULT_LOG": str(case / "operations.txt")})
     assert done.code == 0, done.err
     found = result(case)
     assert found is not None and found.files == reference.result.files and found.losses == reference.result.losses

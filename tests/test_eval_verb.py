@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import warm
 
 from lora_tune.adapter.folder import read_manifest
 from lora_tune.cli import main
@@ -49,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     (folder / "recipe.yaml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("lora_tune.run._prove", lambda *args, **given: None)  # test_journey.py proves folders
+        patch.setattr("subprocess.run", warm.instead)
         for changes in (
             [],
             ["output=file", "eval.hold_out=apart.jsonl", "eval.every=null"],

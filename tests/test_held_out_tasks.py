@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from rich.console import Console
 
 from lora_tune.cli import main
@@ -48,7 +49,7 @@ def test_run_scores_every_template_of_the_held_out_task(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(finished)
-    monkeypatch.setattr("lora_tune.run._prove", lambda *_, **__: None)  # shown elsewhere, and takes a fresh process
+    monkeypatch.setattr("subprocess.run", warm.instead)
     code = main(["run", "recipe.yaml", "--json"])
     printed = capsys.readouterr()
     assert code == 0, printed.err

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from test_recipes_run import MIXTURES, ROOT
 
 from lora_tune.adapter.folder import read_manifest
@@ -87,8 +88,7 @@ def test_two_steps_on_the_embedded_base(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    if name != "t0_mixture.yaml":  # one mixture is proven in a fresh process, and the recipes of test_recipes_run.py
-        monkeypatch.setattr("lora_tune.run._prove", lambda *_, **__: None)
+    monkeypatch.setattr("subprocess.run", warm.instead)
     given = [*overrides(name, local, corpus), "base.name=builtin:quickstart", "output=out", *SMALL]
     given += [f"train.max_length={448 if name == 'sni.yaml' else 256}"]
     given += ["limits={dropped_rows: 100%, lost_tokens: 100%, lost_end_tokens: 100%}"]

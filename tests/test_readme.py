@@ -20,13 +20,13 @@ import runpy
 import shlex
 import shutil
 import subprocess
-import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny
+import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,22 +97,20 @@ def filled(text: str, place: Path) -> str:
 
 
 def execute(arguments: list[str], place: Path) -> str:
-    """Run a command in the working folder, offline; its output. Fails with everything that it printed."""
+    """Run a command of the project in the working folder, offline; its output. Fails with everything it printed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    done = subprocess.run(
-        arguments, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = warm.command(arguments, cwd=place, env=environment)
     assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 def as_arguments(command: str) -> list[str]:
-    """The words of a command line, run by this Python and from this tree."""
+    """The words of a command line behind `lora-tune`: the verb and its arguments."""
     words = shlex.split(command)
-    if words[:1] == ["lora-tune"]:
-        return [sys.executable, "-m", "lora_tune", *words[1:]]
-    assert words[0] == "python", f"a command that this test cannot run: {command}"
-    return [sys.executable, *words[1:]]
+    if words[:3] == ["python", "-m", "lora_tune.run"]:
+        return ["run", *words[3:]]
+    assert words[0] == "lora-tune", f"a command that this test cannot run: {command}"
+    return words[1:]
 
 
 def test_the_first_lines_are_the_two_commands() -> None:
@@ -194,7 +192,7 @@ def test_python_runs(block: Block, place: Path) -> None:
         old, _, new = change.partition("=")
         assert old in code
         code = code.replace(old, new)
-    execute([sys.executable, "-c", code], place)
+    execute(["-c", code], place)
 
 
 @pytest.mark.parametrize("block", blocks("shown"))

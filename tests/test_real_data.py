@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import warm
 
 from lora_tune.adapter.folder import read_manifest, read_part
 from lora_tune.cli import main
@@ -35,6 +36,7 @@ def test_real_rows_become_an_adapter(
     name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.run", warm.instead)
     recipe, source, settings, format_, rows = REAL[name]
     path = corpus / "data" / "datasets" / source
     here = ("base.name=builtin:quickstart", f"data.0.source={path}", "output=out")

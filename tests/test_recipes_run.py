@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import warm
 
 from lora_tune.adapter.folder import read_manifest
 from lora_tune.cli import main
@@ -60,6 +61,7 @@ def test_two_steps_on_the_embedded_base(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.run", warm.instead)
     row, format_ = DATA[name]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row(number)) + "\n" for number in range(40)))
     here = ("base.name=builtin:quickstart", "data.0.source=rows.jsonl", f"data.0.format={format_}", "eval.hold_out=4")

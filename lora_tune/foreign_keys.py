@@ -8,6 +8,17 @@ from lora_tune.recipe import Recipe, section_of
 
 # What users of axolotl, LLaMA-Factory, TRL, PEFT, torchtune and Unsloth type, and the key that does it here.
 ELSEWHERE: dict[str, str] = {
+    # hardware
+    "devices": "hardware.processes",
+    "num_processes": "hardware.processes",
+    "nproc_per_node": "hardware.processes",
+    "local_rank": "hardware.processes",
+    "num_nodes": "hardware.nodes",
+    "num_machines": "hardware.nodes",
+    "nnodes": "hardware.nodes",
+    "deepspeed": "hardware.strategy: zero3",
+    "fsdp": "hardware.strategy: fsdp2",
+    "fsdp_config": "hardware.strategy: fsdp2",
     # base
     "model": "base.name",
     "model_name": "base.name",
@@ -214,9 +225,6 @@ NOT_NEEDED: dict[str, str] = {
     "save_only_model": "checkpoints always hold what --resume needs",
     "shuffle": "rows are always shuffled, by the seed",
     "debug": "set LORA_TUNE_DEBUG=1 in the shell",
-    "local_rank": "not supported in this version",
-    "devices": "not supported in this version",
-    "num_nodes": "not supported in this version",
     "rl": "training is always supervised fine-tuning",
     "trainer_type": "training is always supervised fine-tuning",
     "stage": "training is always supervised fine-tuning",
@@ -269,14 +277,8 @@ NOT_NEEDED: dict[str, str] = {
     "compile": "not supported in this version",
     "push_to_hub": "sharing is a step of its own, after the run",
     "hub_model_id": "sharing is a step of its own, after the run",
-    "deepspeed": "not supported in this version",
-    "fsdp": "not supported in this version",
-    "fsdp_config": "not supported in this version",
     "plot_loss": "loss.png is always drawn",
 }
-
-# Keys of the plan that this version does not have.
-PLANNED = ("hardware",)
 
 
 def recipe_keys() -> list[str]:
@@ -292,8 +294,6 @@ def recipe_keys() -> list[str]:
 def unknown_key(path: str) -> tuple[str, str]:
     """Reason and fix for a key that no recipe has, by its path such as `train.lerning_rate` or `data.0.path`."""
     parts = path.split(".")
-    if ".".join("*" if part.isdecimal() else part for part in parts) in PLANNED:
-        return "is not supported in this version", "remove it"
     name, keys = parts[-1].lower(), recipe_keys()
     if name in NOT_NEEDED:
         return "unknown key", f"not needed: {NOT_NEEDED[name]}"

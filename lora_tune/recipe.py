@@ -230,6 +230,19 @@ class Eval(Section):
     """Stop when the held-out loss has not improved in this many evaluations."""
 
 
+class Hardware(Section):
+    """On how many cards, and how the work is shared between them."""
+
+    processes: AutoCount = "auto"
+    """Processes on each node, one a card; auto: every visible GPU that divides `train.batch_size`, 1 on a CPU."""
+    nodes: Count = 1
+    """Machines; each starts the same command, and finds the others by MASTER_ADDR, MASTER_PORT and NODE_RANK."""
+    strategy: Literal["auto", "single", "ddp", "fsdp2", "zero3"] = "auto"
+    """auto: ddp (rows are shared) where one card holds the base, else fsdp2 (the base is divided as well)."""
+    timeout: Duration = "10m"
+    """A process that does not answer for so long ends the run, and is named."""
+
+
 class Limits(Section):
     """Above a limit the run stops before training (exit 3)."""
 
@@ -262,6 +275,8 @@ class Recipe(Section):
     """What shows that it learned."""
     limits: Limits = Limits()
     """Above a limit the run stops before training (exit 3)."""
+    hardware: Hardware = Hardware()
+    """On how many cards, and how the work is shared between them."""
     output: Text
     """Folder of the adapter (the run's folder); relative to the working folder."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42

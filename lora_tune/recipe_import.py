@@ -41,7 +41,7 @@ _WHOLE: dict[str, str] = {
     "tokenizer": "the base's own tokenizer is used",
     "tokens": "taken from the chat template and the tokenizer; add new ones in lora.new_tokens",
     "special_tokens": "taken from the chat template and the tokenizer; add new ones in lora.new_tokens",
-    "fsdp_config": "not supported in this version",
+    "fsdp_config": "write hardware: {strategy: fsdp2}, which needs nothing else",
     "profiler": "profile with torch's own profiler from Python",
     "metric_logger": "every step is written to metrics.jsonl",
     "loss": "the loss is the cross-entropy over the trained tokens",

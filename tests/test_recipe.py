@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from recipe_texts import SHORT, keys, leaves, put
 
 from lora_tune.errors import RecipeError
-from lora_tune.foreign_keys import ELSEWHERE, NOT_NEEDED, PLANNED, recipe_keys, unknown_key
+from lora_tune.foreign_keys import ELSEWHERE, NOT_NEEDED, recipe_keys, unknown_key
 from lora_tune.recipe import Recipe
 from lora_tune.recipe_file import read_recipe
 from lora_tune.recipe_problems import field_at
@@ -211,13 +211,6 @@ def test_other_names_get_their_hint_wherever_they_stand(section: str) -> None:
 )
 def test_nearest_names(key: str, fix: str) -> None:
     assert unknown_key(key)[1].startswith(fix)
-
-
-def test_planned_keys_are_not_supported_yet(problems_in: Any) -> None:
-    for key in PLANNED:
-        text, _ = put(key.replace("*", "0"), "1")
-        (problem,) = problems_in(text)
-        assert "not supported in this version" in problem.reason
 
 
 def test_recipes_of_other_tools_are_answered_with_hints(corpus: Path) -> None:

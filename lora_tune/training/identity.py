@@ -28,8 +28,14 @@ if TYPE_CHECKING:
     from lora_tune.data.chat_template import ChatTemplate
     from lora_tune.data.pipeline import Prepared
 
-# not part of the identity: where things lie (their content is), and what is only told to others
-_FREE: Any = {"output": True, "track": True, "base": {"name", "chat_template"}, "lora": {"start_from"}}
+# not part of the identity: where things lie (their content is), what is only told to others, and on how many cards
+_FREE: Any = {
+    "output": True,
+    "track": True,
+    "hardware": True,
+    "base": {"name", "chat_template"},
+    "lora": {"start_from"},
+}
 _PLACES = ("source", "prompts")  # of a data source
 FINGERPRINT = "base.fingerprint"
 

@@ -1,36 +1,29 @@
-"""`lora-tune export ADAPTER --to canonical`: the adapter in a layout that another engine reads as it was trained."""
+"""`lora-tune export ADAPTER --to TARGET --output DIR`: the adapter in a layout that another engine runs as trained.
+
+1. check the adapter and find its base, 2. write the target's files beside the output, 3. render held-out conversations
+with the target's own template engine: they must equal the training ids token for token, stop tokens included, 4. move
+the files to the output. What fails leaves nothing behind.
+"""
 
 from __future__ import annotations
 
-import shutil
 import sys
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lora_tune.adapter.folder import (
-    CONFIG,
-    FILES,
-    MANIFEST,
-    WEIGHTS,
-    read_manifest,
-    write_file,
-    write_json,
-    write_manifest,
-)
+from lora_tune.adapter.export_job import Job, Written
+from lora_tune.adapter.export_targets import TARGETS
+from lora_tune.adapter.folder import MANIFEST
 from lora_tune.adapter.new_folder import new_folder
-from lora_tune.errors import Problem, UsageError
-from lora_tune.terminal import activity, print_json, results, run_app
+from lora_tune.errors import CheckFailed, LoraTuneError, Problem, UsageError
+from lora_tune.recipe import Base
+from lora_tune.terminal import activity, print_json, print_problems, results, run_app
 
 app = typer.Typer(help="Write an adapter in the layout of another engine.", add_completion=False)
-
-
-class Target(StrEnum):
-    """Layouts that can be written."""
-
-    canonical = "canonical"
 
 
 class Dtype(StrEnum):
@@ -41,57 +34,123 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-def export_canonical(folder: Path, output: Path, *, dtype: Dtype) -> dict[str, Any]:
-    """Write the adapter with one rank and a scale of 1, which every engine reads alike; returns what was measured.
-
-    The other files of the folder come along, the manifest with new hashes: `adapters verify` proves the copy by the
-    test vectors of the original.
-
-    Raises:
-        CheckFailed: the folder fails a check, or has parts that are no B·A (DoRA, modules trained in full, tokens).
-        UsageError: the output is there already, or cannot be written.
-    """
-    from safetensors.torch import save
-
-    from lora_tune.adapter.canonical import canonical
-    from lora_tune.adapter.load import read_adapter
-
-    if output.exists():
-        raise UsageError(Problem("is there already", "name a new folder", str(output), key="--output"))
-    saved = read_adapter(folder)
-    form = canonical(saved, dtype=dtype.value)
-    facts = {"to": "canonical", "rank": form.rank, "dtype": dtype.value, "largest_relative_error": form.error}
-    with new_folder(output) as scratch:
-        for name in FILES:
-            if name not in (CONFIG, WEIGHTS, MANIFEST) and (folder / name).is_file():
-                shutil.copyfile(folder / name, scratch / name, follow_symlinks=True)
-        write_json(scratch, CONFIG, form.adapter.config)
-        write_file(scratch, WEIGHTS, save(dict(form.adapter.tensors), {"format": "pt"}))
-        if (folder / MANIFEST).exists():
-            write_manifest(scratch, read_manifest(folder))
-    return facts
-
-
 @app.command()
 def command(
     folder: Annotated[Path, typer.Argument(help="The adapter folder.")],
-    to: Annotated[Target, typer.Option("--to", help="The layout to write.")],
+    to: Annotated[str, typer.Option("--to", metavar="TARGET", help=f"The layout to write: {', '.join(TARGETS)}.")],
     output: Annotated[Path, typer.Option("--output", help="The new folder.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Where its base is: a folder, hub id or builtin: name.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Held-out rows, to compare words on; else those of the run.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="How many of them.", min=1)] = 16,
     dtype: Annotated[
         Dtype, typer.Option(help="Number format; the rounding error is measured and shown.")
     ] = Dtype.float32,
+    max_kl: Annotated[
+        float, typer.Option("--max-kl", help="Refuse a merged model beyond this divergence (nats).", min=0)
+    ] = 0.1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write an adapter in a layout that every engine reads as it was trained."""
-    with activity(f"exporting {folder} as {to.value}"):
-        facts = export_canonical(folder, output, dtype=dtype)
+    """Write an adapter in the layout of another engine, proven to be fed the words that it was trained on."""
+    if to not in TARGETS:
+        raise UsageError(Problem(f"no such layout, got {to!r}", f"the layouts are {', '.join(TARGETS)}", key="--to"))
+    if output.exists():
+        raise UsageError(Problem("is there already", "name a new folder", str(output), key="--output"))
+    job, problems = _prepare(folder, base_name=base, dtype=dtype, max_kl=max_kl, data=data)
+    with activity(f"exporting {folder} as {to}"), new_folder(output) as scratch:
+        written = TARGETS[to](job, scratch)
+        words, notes = _compare_words(job, written, to=to, rows=rows)
+    facts = {"to": to, **written.facts, "parity": words}
     if as_json:
-        print_json({"exit_code": 0, "output": output.name, **facts})
+        print_json({"exit_code": 0, "output": output.name, **facts}, [*problems, *notes])
         return
-    results().print(
-        f"{output}: rank {facts['rank']}, scale 1 in every module, {facts['dtype']}; largest relative change of "
-        f"an update {facts['largest_relative_error']:.1e}\nits proof: lora-tune adapters verify {output}"
+    print_problems([*problems, *notes])
+    results().print(f"{output}: {_numbers(facts)}")
+    for line in written.how:
+        results().print(line.replace("{output}", str(output)))
+
+
+def _prepare(
+    folder: Path, *, base_name: str | None, dtype: Dtype, max_kl: float, data: Path | None
+) -> tuple[Job, list[Problem]]:
+    """The checked folder, its base where it is at hand, and its words. Raises: CheckFailed, UsageError."""
+    from lora_tune.adapter.verify import base_of, recorded_base, verify_folder
+    from lora_tune.model.source import find_base
+
+    has_manifest = (folder / MANIFEST).exists()
+    if base_name is not None:
+        held = recorded_base(folder, name=base_name) if has_manifest else Base(name=base_name, quantize="none")
+    else:
+        held = None
+    with activity(f"verifying {folder}"):
+        report = verify_folder(folder, base=held, depth="quick")
+    if report.errors:
+        raise CheckFailed(report.errors)
+    manifest = report.subject.manifest
+    if held is None and manifest is not None and manifest.base.kind != "local":
+        held = base_of(manifest)
+    try:
+        source = find_base(held) if held is not None else None
+    except LoraTuneError:
+        if base_name is not None:
+            raise
+        source = None  # a hub base that is not here; a target that needs it says so
+    job = Job(
+        folder=folder,
+        subject=report.subject,
+        dtype=dtype.value,
+        chat=_chat(folder, source.folder if source else None),
+        source=source,
+        base=held if source else None,
+        max_kl=max_kl,
+        data=data,
     )
+    return job, list(report.problems)
+
+
+def _chat(folder: Path, base: Path | None) -> Any:
+    """The words of training: the folder's own tokenizer and template, a stranger's without one are its base's."""
+    from lora_tune.adapter.words import TOKENIZER, template_text
+    from lora_tune.data.chat_template import load_chat_template
+    from lora_tune.model.tokenizer import read_tokenizer
+
+    has_own = (folder / TOKENIZER).exists() or (folder / "tokenizer_config.json").exists()
+    place = folder if has_own else base
+    if place is None:
+        return None
+    return load_chat_template(read_tokenizer(place, name=place.name), template=template_text(folder))
+
+
+def _compare_words(job: Job, written: Written, *, to: str, rows: int) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """What was compared, and what is to be said of it. Raises: CheckFailed where the words part."""
+    from lora_tune.adapter.parity import check_parity, held_out_conversations
+
+    if written.render is None or job.chat is None:
+        reason = "its words were not compared with training: there is no tokenizer"
+        return None, [Problem(reason, "give its base with --base", str(job.folder), severity="warning")]
+    conversations = held_out_conversations(job.folder, job.chat, rows=rows, data=job.data)
+    found = check_parity(job.chat, written.render, conversations, stop_ids=written.stop_ids, target=to)
+    notes = []
+    if found.rows == found.fixed:
+        reason = f"the held-out rows are not at hand: words were compared on {found.fixed} fixed conversations"
+        notes.append(Problem(reason, "give rows with --data", str(job.folder), severity="note"))
+    return {**asdict(found), "text": str(found)}, notes
+
+
+def _numbers(facts: dict[str, Any]) -> str:
+    """The numbers of an export for people."""
+    parts = []
+    if "rank" in facts:
+        parts.append(f"rank {facts['rank']}, scale 1 in every module, {facts['dtype']}")
+        parts.append(f"largest relative change of an update {facts['largest_relative_error']:.1e}")
+    elif "summary" in facts:
+        parts.append(str(facts["summary"]))
+    if facts["parity"] is not None:
+        parts.append(str(facts["parity"]["text"]))
+    return "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,16 @@
+"""The layouts that an adapter can be written in: one line each. No torch before one of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lora_tune.adapter.export_canonical import write_canonical, write_sglang, write_vllm
+from lora_tune.adapter.export_job import Job, Written
+
+TARGETS: dict[str, Callable[[Job, Path], Written]] = {
+    "canonical": write_canonical,
+    "vllm": write_vllm,
+    "sglang": write_sglang,
+}
+"""{--to: the function that writes it into an empty folder}; `{output}` in its `how` becomes the folder's place."""

@@ -28,6 +28,7 @@ from lora_tune.errors import CheckFailed, LoraTuneError
 from lora_tune.model.base import linear4bit_modules, load_base
 from lora_tune.model.methods import saved_adapter
 from lora_tune.model.source import find_base, load_tokenizer
+from lora_tune.model.strategy import Layout, layout_of
 from lora_tune.recipe import DataSource, Recipe
 from lora_tune.recipe_file import read_recipe
 from lora_tune.run import _compare, _load, _prepare, _resolve, _train
@@ -206,6 +207,11 @@ def refusal(recipe: Recipe) -> str:
     return ""
 
 
+def layout(recipe: Recipe) -> Layout:
+    """How many processes share the run in which way; test_processes.py runs them."""
+    return layout_of(recipe.hardware, cards=0, batch_size=recipe.train.batch_size, fits_one_card="yes")
+
+
 # --- the table ----------
 
 # the first step has learning rate 0, the others ruin the adapter: the best evaluation is the first
@@ -279,6 +285,10 @@ KEYS: dict[
     "limits.lost_tokens": (refusal, "0", ()),
     "limits.lost_end_tokens": (refusal, "0", ()),
     "limits.duplicates": (refusal, "0", ()),
+    "hardware.processes": (layout, "2", ()),
+    "hardware.nodes": (layout, "2", ()),
+    "hardware.strategy": (layout, "fsdp2", ("hardware.processes=2",)),
+    "hardware.timeout": (layout, "5s", ()),
     "output": (lambda recipe: trained(recipe)["folders"], "out2", ()),
     "seed": (weights, "7", ()),
 }

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 LOG = "error.log"
-_GOES_ON = "the same command with --resume goes on from there"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _activity: list[str] = []  # what the command is doing, innermost last: for the report of a fault
 _run_folder: list[Path] = []  # of a run that --resume goes on with
@@ -161,7 +160,7 @@ def run_app(app: typer.Typer, *, name: str, arguments: Sequence[str] | None = No
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left, as in `| head`; the rest goes nowhere
         return 141
     except Stop as stopped:
-        ending = f"; {_GOES_ON}" if _run_folder else ""
+        ending = f"; {_goes_on()}" if _run_folder else ""
         reason = f"stopped by {signal_name(stopped.number)}, while {_doing(name)}{ending}"
         found: LoraTuneError = Interrupted(stopped.number, reason)
     except Exception as error:
@@ -184,7 +183,7 @@ def _as_error(error: Exception, name: str) -> LoraTuneError:
     if isinstance(error, typer.Abort):
         return UsageError("stopped at a question", f"see {name} --help")
     if isinstance(error, OSError) and error.errno in (*FULL, errno.EIO, errno.EROFS):
-        fix = f"make room; {_GOES_ON}" if _run_folder else "make room"
+        fix = f"make room; {_goes_on()}" if _run_folder else "make room"
         named = error.filename if isinstance(error.filename, str) else None
         path = Path(named) if named else _run_folder[-1] if _run_folder else Path()
         state = "is full" if error.errno in FULL else "refuses"
@@ -208,8 +207,16 @@ def _fault(error: Exception, name: str) -> LoraTuneError:
         fix = f"please report it with {log}"
     except OSError as unwritten:
         fix = f"please report it; its traceback could not be written ({disk_text(unwritten, log)})"
-    fix += f"; {_GOES_ON}" if _run_folder else ""
+    fix += f"; {_goes_on()}" if _run_folder else ""
     return LoraTuneError(f"a fault in lora_tune, while {_doing(name)}: {said}", fix)
+
+
+def _goes_on() -> str:
+    """From where the same command with --resume goes on: the newest checkpoint that was committed, else the start."""
+    names = [path.name for path in (_run_folder[-1] / "checkpoints").glob("step-*")]
+    steps = [int(digits) for name in names if (digits := name.removeprefix("step-")).isdigit()]
+    where = f"goes on from step {max(steps)}" if steps else "starts at step 0, no checkpoint being there"
+    return f"the same command with --resume {where}"
 
 
 def _log_folder() -> Path:

@@ -269,13 +269,17 @@ def test_the_traceback_of_a_fault_goes_to_a_log_of_the_run_or_of_the_cache(
     assert "ZeroDivisionError: oh" in (tmp_path / "cache" / LOG).read_text()
 
     def body() -> None:
-        (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "out" / "checkpoints").mkdir(parents=True, exist_ok=True)
         with resumable(tmp_path / "out"), activity("training"):
             raise ZeroDivisionError("again")
 
     assert run_app(app_of(body), name="x", arguments=[]) == 1
     said = capsys.readouterr().err
-    assert len(said.splitlines()) == 1 and "while training" in said and "--resume goes on" in said
+    assert len(said.splitlines()) == 1 and "while training" in said and "--resume starts at step 0" in said
+    for name in ("step-00000008", "step-00000012", "step-00000016-unfinished", "damaged-step-00000020"):
+        (tmp_path / "out" / "checkpoints" / name).mkdir()
+    assert run_app(app_of(body), name="x", arguments=[]) == 1
+    assert capsys.readouterr().err.endswith("--resume goes on from step 12\n")
     assert "ZeroDivisionError: again" in (tmp_path / "out" / "checkpoints" / LOG).read_text()
     assert str(tmp_path / "out" / "checkpoints" / LOG) in said
 

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -258,6 +259,20 @@ def test_token_rows_are_cached_by_content_and_damage_is_found(chat, tmp_path, mo
     assert path.stat().st_mtime_ns == before.st_mtime_ns and path.stat().st_size == before.st_size
     assert prepare(chat, source(path)).train["input_ids"] != first and len(calls) > encoded
     assert not list((tmp_path / "cache" / "packed").iterdir())
+
+
+def test_half_written_rows_of_killed_processes_are_cleared_away_and_those_of_living_ones_stay(
+    chat, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LORA_TUNE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "tokens"
+    folder.mkdir(parents=True)
+    dead, living = folder / "dead.123.tmp", folder / "living.124.tmp"
+    for half in (dead, living):
+        half.write_bytes(b"half")
+    with FileLock(folder / "living.lock"):
+        prepare(chat, source(write(tmp_path / "a.jsonl", pairs(8))))
+    assert not dead.exists() and living.exists()
 
 
 ROWS = st.lists(

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 import pyarrow as pa
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from lora_tune.data.chat_template import NOTES, ChatTemplate, TokenRow
 from lora_tune.data.store import StoredConversations
@@ -95,6 +96,7 @@ def token_file(
         errors = _valid(path)
         if errors is None:
             errors = _write(path, conversations, chat, loss_on)
+            _remove_unfinished(folder)
             _make_room(folder, keep=path)
         os.utime(path)
         return _open(path, errors)
@@ -209,6 +211,13 @@ def _open(path: Path, errors: dict[int, str]) -> TokenFile:
     return TokenFile(
         joined(conversation), joined(length), joined(trained), joined(last_trained), joined(notes), errors, batches
     )
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes left half-written: nobody holds the lock of its entry."""
+    for left in folder.glob("*.tmp"):
+        with suppress(Timeout), FileLock(folder / f"{left.name.partition('.')[0]}.lock", timeout=0):
+            left.unlink(missing_ok=True)
 
 
 def _make_room(folder: Path, *, keep: Path) -> None:

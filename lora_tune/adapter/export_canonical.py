@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_tune.adapter.compat import ENGINES, SIGNS, Engine, Traits, judge
+from lora_tune.adapter.compat import ENGINES, SIGNS, Answer, Engine, Traits, judge
 from lora_tune.adapter.export_job import Job, Written
 from lora_tune.adapter.folder import CONFIG, FILES, MANIFEST, WEIGHTS, read_manifest, write_file, write_json
 from lora_tune.adapter.folder import write_manifest as write_last
@@ -94,10 +94,12 @@ def _refuse(engine: Engine, traits: Traits, job: Job) -> list[str]:
     verdict = judge(traits, engine)
     bad = [answer for answer in verdict.answers if answer.mark in ("refused", "wrong")]
     if bad:
-        raise CheckFailed([
-            Problem(f"{SIGNS[answer.mark]} {ENGINES[engine]}: {answer.reason}", answer.fix, str(job.folder)) for answer in bad
-        ])  # fmt: skip
-    return [f"{SIGNS[answer.mark]} {ENGINES[engine]}: {answer.reason}; {answer.fix}" for answer in verdict.answers]
+        raise CheckFailed([Problem(_said(engine, answer), answer.fix, str(job.folder)) for answer in bad])
+    return [f"{_said(engine, answer)}; {answer.fix}" for answer in verdict.answers]
+
+
+def _said(engine: Engine, answer: Answer) -> str:
+    return f"{SIGNS[answer.mark]} {ENGINES[engine]}: {answer.reason}"
 
 
 def _rank_of(job: Job) -> int:

@@ -7,10 +7,14 @@ from pathlib import Path
 
 from lora_tune.adapter.export_canonical import write_canonical, write_sglang, write_vllm
 from lora_tune.adapter.export_job import Job, Written
+from lora_tune.adapter.export_merged import write_merged
+from lora_tune.adapter.export_mlx import write_mlx
 
 TARGETS: dict[str, Callable[[Job, Path], Written]] = {
     "canonical": write_canonical,
     "vllm": write_vllm,
     "sglang": write_sglang,
+    "mlx": write_mlx,
+    "merged": write_merged,
 }
 """{--to: the function that writes it into an empty folder}; `{output}` in its `how` becomes the folder's place."""

@@ -16,16 +16,21 @@ from lora_tune.errors import CheckFailed, Problem
 _CONFIGS = ("generation_config.json", "config.json")
 
 
-def transformers_words(folder: Path, *, model: Path | None = None) -> tuple[Render, frozenset[int]]:
+def transformers_words(
+    folder: Path, *, model: Path | None = None, template: str | None = None
+) -> tuple[Render, frozenset[int]]:
     """How a transformers tokenizer of this folder renders a request, and the ids at which generation ends.
 
     They are the tokenizer's eos, and those that the generation settings and the configuration of `model` name.
+    `template` is one that the engine is given besides the tokenizer.
 
     Raises: UsageError where the folder has no sound tokenizer.
     """
     from lora_tune.model.tokenizer import read_tokenizer
 
     tokenizer = read_tokenizer(folder, name=folder.name)
+    if template is not None:
+        tokenizer.chat_template = template
     stops = _stop_ids(model) | ({int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set())
 
     def render(request: Conversation) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 from lora_tune.model.cards import CARDS, Card, usable_gib
 from lora_tune.model.footprint import Choice, Job, parts_gib, uncertainty_gib
 from lora_tune.model.speed import flop_per_token, step_seconds
+from lora_tune.model.strategy import STRATEGIES
 
 MARGIN = 0.95  # share of the free memory that a plan may use, its uncertainty included
 MOST_TOKENS = 8_192  # of a packed micro-batch chosen here: dequantizing is 2 % of a step then, and masks stay small
@@ -69,6 +70,8 @@ def optimizers(job: Job) -> tuple[str, ...]:
     """The optimizers to try, in this order."""
     if job.train.optimizer != "auto":
         return (job.train.optimizer,)
+    if "adamw_8bit" not in STRATEGIES[job.layout.strategy].optimizers:
+        return ("adamw",)
     return ("adamw", "adamw_8bit") if job.device == "cuda" else ("adamw",)
 
 

@@ -23,9 +23,12 @@ from lora_tune.model.calibration import Calibration
 from lora_tune.model.device import Device
 from lora_tune.model.meta_shape import shape_of
 from lora_tune.model.shape import Shape
+from lora_tune.model.sharding import ADAPTER_BYTES, gathered_units, held_adapter, held_base
+from lora_tune.model.strategy import STRATEGIES, Layout
 from lora_tune.recipe import Base, Lora, Train
 
 GIB = 2**30
+ONE_CARD = Layout()
 RUNTIME_GIB = 0.5
 _ROW_LENGTHS = 2  # documents of a micro-batch are folded into rows of at most about this many times max_length
 _NF4 = 0.5 + 1 / 64 + 4 / 16384  # bytes: 4 bits, one 8-bit scale per 64, one float32 per 256 scales
@@ -34,14 +37,13 @@ OPTIMIZER_BYTES = {  # states per trained parameter of float32
     "adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04, "lion_8bit": 1.02,
     "adafactor": 0.5, "sgd": 0.0,
 }  # fmt: skip
-_ADAPTER_BYTES = 4  # of an adapter weight and of its gradient: float32 beside every base
 _ANCHORED = ("pissa", "olora")  # keep frozen anchors as large as what is trained
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "lm_head")
 _EVALUATED_TOKENS = 8_192  # of a batch of the held-out loss; halved on a GPU where it does not fit
 _LOSS_POSITIONS = 256  # of a row whose log-probabilities are computed at once
 EXACT = ("weights", "adapters", "gradients", "optimizer")  # parts that are counted, not estimated
 # share of a part by which it may be wrong, before anything was measured on a card
-_ERROR = {"weights": 0.005, "activations": 0.03, "loss_head": 0.3, "buffers": 0.3, "runtime": 0.4}
+_ERROR = {"weights": 0.005, "activations": 0.03, "loss_head": 0.3, "buffers": 0.3, "exchange": 0.3, "runtime": 0.4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class Job:
     train: Train
     device: Device
     calibration: Calibration | None = None
+    layout: Layout = ONE_CARD
+    """How several cards share the run; `train.batch_size` is this card's share of the batch."""
 
     @property
     def element(self) -> int:
@@ -81,7 +85,7 @@ def job_of(
     device: Device,
     calibration: Calibration | None = None,
 ) -> Job:
-    """The formulas' inputs from a `config.json`; a base stored quantized keeps its own kind.
+    """The formulas' inputs from a `config.json` for one card; a base stored quantized keeps its own kind.
 
     Raises UsageError for a config that cannot be read.
     """
@@ -125,20 +129,30 @@ def uncertainty_gib(job: Job, parts: Mapping[str, float]) -> float:
     if measured is not None:
         return peak * max(0.01, measured.spread if measured.spread is not None else 0.03)
     known = 1.0 if job.shape.known and not has_latents(job.shape) else 3.0
-    return known * sum(share * parts[name] for name, share in _ERROR.items())
+    return known * sum(share * parts.get(name, 0.0) for name, share in _ERROR.items())
 
 
 def _held(job: Job, choice: Choice) -> dict[str, float]:
-    """Bytes that stay through the whole run."""
+    """Bytes that stay through the whole run; of several cards on the first, with what it gathers or sums up."""
     adapters, full = trained_weights(job.shape, job.lora)
     state = OPTIMIZER_BYTES[choice.optimizer]
-    anchors = adapters * _ADAPTER_BYTES if job.lora.method in _ANCHORED else 0
-    return {
+    anchors = adapters * ADAPTER_BYTES if job.lora.method in _ANCHORED else 0
+    held = {
         "weights": _weights(job),
-        "adapters": adapters * _ADAPTER_BYTES + full * job.element + anchors,
-        "gradients": adapters * _ADAPTER_BYTES + full * job.element,
+        "adapters": adapters * ADAPTER_BYTES + full * job.element + anchors,
+        "gradients": adapters * ADAPTER_BYTES + full * job.element,
         "optimizer": adapters * state + full * state * job.element / 4,
     }
+    cards = job.layout.world
+    if cards == 1:
+        return held
+    if not STRATEGIES[job.layout.strategy].divided:
+        return held | {"exchange": held["gradients"]}  # the buckets in which gradients are summed
+    share = held_adapter(job.shape, job.lora, cards=cards) / max(held_adapter(job.shape, job.lora, cards=1), 1)
+    divided = {name: held[name] * share for name in ("adapters", "gradients", "optimizer")}
+    weights = held_base(job.shape, job.base, element=job.element, cards=cards)
+    gathered = gathered_units(job.shape, job.base, job.lora, element=job.element)
+    return {"weights": weights, **divided, "exchange": gathered}
 
 
 def _training(job: Job, choice: Choice) -> dict[str, float]:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lora_tune.errors import Problem, ResourceError
@@ -143,6 +143,13 @@ def try_plan(
     """As `plan_memory`; where nothing fits, the smallest combination with `fits` False and the changes that help."""
     measured = calibration.read(card.name if card else device)
     job = job_of(config, base=base, lora=lora, train=train, device=device, calibration=measured)
+    return plan_job(job, budget_gib, card=card)
+
+
+def plan_job(job: Job, budget_gib: float, *, card: Card | None) -> MemoryPlan:
+    """The plan of a job, as `try_plan`; of one that several cards share, the plan of each card."""
+    train, device = job.train, job.device
+    measured = job.calibration
     chosen = choose(job, budget_gib, card=card)
     changes = () if chosen else tuple(cheapest_changes(job, budget_gib, card=card))
     choice = chosen or least(job)
@@ -158,7 +165,7 @@ def try_plan(
         accumulation=train.batch_size // choice.micro,
         gradient_checkpointing=_as_word(choice.checkpointed, job.shape.layers),
         parameters=job.shape.parameters,
-        trainable_parameters=trainable_parameters(job.shape, lora),
+        trainable_parameters=trainable_parameters(job.shape, job.lora),
         reason=_reason(job, choice, budget_gib, card) if chosen else f"does not fit into {budget_gib:.1f} GiB",
         optimizer=choice.optimizer,
         uncertainty_gib=uncertainty_gib(job, parts),
@@ -231,4 +238,4 @@ def _why(job: Job, choice: Choice, budget_gib: float, card: Card | None) -> str:
 
 def _fixed(job: Job, micro: int) -> Job:
     train = job.train.model_copy(update={"micro_batch_size": micro})
-    return Job(job.shape, job.base, job.lora, train, job.device, job.calibration)
+    return replace(job, train=train)

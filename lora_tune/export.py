@@ -17,10 +17,8 @@ import typer
 
 from lora_tune.adapter.export_job import Job, Written
 from lora_tune.adapter.export_targets import TARGETS
-from lora_tune.adapter.folder import MANIFEST
 from lora_tune.adapter.new_folder import new_folder
 from lora_tune.errors import CheckFailed, LoraTuneError, Problem, UsageError
-from lora_tune.recipe import Base
 from lora_tune.terminal import activity, print_json, print_problems, results, run_app
 
 app = typer.Typer(help="Write an adapter in the layout of another engine.", add_completion=False)
@@ -77,14 +75,11 @@ def _prepare(
     folder: Path, *, base_name: str | None, dtype: Dtype, max_kl: float, data: Path | None
 ) -> tuple[Job, list[Problem]]:
     """The checked folder, its base where it is at hand, and its words. Raises: CheckFailed, UsageError."""
-    from lora_tune.adapter.verify import base_of, recorded_base, verify_folder
+    from lora_tune.adapter.at_hand import held_for, words_of
+    from lora_tune.adapter.verify import base_of, verify_folder
     from lora_tune.model.source import find_base
 
-    has_manifest = (folder / MANIFEST).exists()
-    if base_name is not None:
-        held = recorded_base(folder, name=base_name) if has_manifest else Base(name=base_name, quantize="none")
-    else:
-        held = None
+    held = held_for(folder, base_name) if base_name is not None else None
     with activity(f"verifying {folder}"):
         report = verify_folder(folder, base=held, depth="quick")
     if report.errors:
@@ -102,26 +97,13 @@ def _prepare(
         folder=folder,
         subject=report.subject,
         dtype=dtype.value,
-        chat=_chat(folder, source.folder if source else None),
+        chat=words_of(folder, base=source.folder if source else None),
         source=source,
         base=held if source else None,
         max_kl=max_kl,
         data=data,
     )
     return job, list(report.problems)
-
-
-def _chat(folder: Path, base: Path | None) -> Any:
-    """The words of training: the folder's own tokenizer and template, a stranger's without one are its base's."""
-    from lora_tune.adapter.words import TOKENIZER, template_text
-    from lora_tune.data.chat_template import load_chat_template
-    from lora_tune.model.tokenizer import read_tokenizer
-
-    has_own = (folder / TOKENIZER).exists() or (folder / "tokenizer_config.json").exists()
-    place = folder if has_own else base
-    if place is None:
-        return None
-    return load_chat_template(read_tokenizer(place, name=place.name), template=template_text(folder))
 
 
 def _compare_words(job: Job, written: Written, *, to: str, rows: int) -> tuple[dict[str, Any] | None, list[Problem]]:

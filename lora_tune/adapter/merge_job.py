@@ -15,7 +15,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tune.adapter.folder import VECTORS, Manifest, read_manifest, read_part
+from lora_tune.adapter.folder import MANIFEST, VECTORS, WEIGHTS, file_record, read_manifest, read_part
 from lora_tune.adapter.merge_card import merge_card
 from lora_tune.errors import CheckFailed, Problem, UsageError
 from lora_tune.recipe import Base
@@ -53,7 +53,6 @@ class MergeJob:
     """One merge: the verified folders, their base as trained and where it lies, and the words to measure with."""
 
     folders: tuple[Path, ...]
-    manifest: Manifest
     trained: Base
     source: BaseSource
     chat: ChatTemplate
@@ -74,22 +73,26 @@ def prepare_merge(
     folders: tuple[Path, ...], *, base_name: str | None, data: Path | None
 ) -> tuple[MergeJob, list[Problem]]:
     """Everything that is checked before a weight is read, with warnings. Raises: CheckFailed, UsageError, DataError."""
+    from lora_tune.adapter.at_hand import held_for, words_of
     from lora_tune.adapter.verify import recorded_base, verify_folder
     from lora_tune.model.source import find_base
 
     problems: list[Problem] = []
     for folder in folders:
-        trained = recorded_base(folder, name=base_name)
+        trained = held_for(folder, base_name) if base_name else recorded_base(folder)
         with activity(f"verifying {folder}"):
             report = verify_folder(folder, base=trained, depth="quick")
         if report.errors:
             raise CheckFailed(report.errors)
         problems += report.problems
     first = folders[0]
-    trained = recorded_base(first, name=base_name)
-    source, chat = find_base(trained), _chat(first)
+    trained = held_for(first, base_name) if base_name else recorded_base(first)
+    source = find_base(trained)
+    chat = words_of(first, base=source.folder)
+    if chat is None:
+        raise CheckFailed(Problem("has no tokenizer, and neither has its base", "give another --base", str(first)))
     rows = _given_rows(data, chat) if data else _vector_rows(first, source, chat)
-    return MergeJob(folders, read_manifest(first), trained, source, chat, rows), problems
+    return MergeJob(folders, trained, source, chat, rows), problems
 
 
 def merge_folders(
@@ -209,10 +212,17 @@ def _refuse_far(job: MergeJob, kl: float, max_kl: float) -> None:
 
 
 def _vector_rows(folder: Path, source: BaseSource, chat: ChatTemplate) -> tuple[Row, ...]:
-    """The prompts of the test vectors with their continuations; none of their tokens is an answer."""
-    from lora_tune.adapter.vectors import vector_ids
+    """The prompts of the test vectors with their continuations; none of their tokens is an answer.
+
+    A stranger's folder has no vectors: there it is the same prompts alone.
+    """
+    from lora_tune.adapter.vectors import PROMPTS, vector_ids
+    from lora_tune.data.conversation import Message
     from lora_tune.model.fidelity import Row
 
+    if not (folder / MANIFEST).exists():
+        prompts = [chat.prompt_ids((Message("user", prompt),)) for prompt in PROMPTS]
+        return tuple(Row(tuple(ids), (False,) * len(ids)) for ids in prompts)
     rows = source.config.get("vocab_size") or source.config.get("text_config", {}).get("vocab_size", 0)
     vocabulary = max(rows, len(chat.tokenizer))  # new tokens follow the base's own
     found = vector_ids(read_part(folder, VECTORS), vocabulary=vocabulary, where=str(folder / VECTORS))
@@ -250,18 +260,15 @@ def _stored_dtype(source: BaseSource) -> str:
 
 
 def _identity(job: MergeJob) -> dict[str, Any]:
+    first = job.folders[0]
+    base = {"name": job.source.name, "kind": job.source.kind, "revision": job.source.revision, "quantize": "none"}
+    if (first / MANIFEST).exists():
+        base = read_manifest(first).base.model_dump(mode="json")
     return {
         "adapter": " + ".join(folder.resolve().name for folder in job.folders),
-        "adapter_sha256": job.manifest.files["adapter_model.safetensors"].sha256,
-        "base": job.manifest.base.model_dump(mode="json"),
+        "adapter_sha256": file_record(first / WEIGHTS).sha256,
+        "base": base,
     }
-
-
-def _chat(folder: Path) -> ChatTemplate:
-    from lora_tune.data.chat_template import load_chat_template
-    from lora_tune.model.tokenizer import read_tokenizer
-
-    return load_chat_template(read_tokenizer(folder, name=folder.name))
 
 
 def _write_words(job: MergeJob, model: PreTrainedModel, folder: Path, *, dtype: str) -> None:

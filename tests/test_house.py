@@ -46,6 +46,10 @@ ADDRESSES = {
     "bitsandbytes": {"lora_tune.model.base"},
     "peft": {"lora_tune.model.methods", "lora_tune.model.merging", "lora_tune.adapter.load"},
     "datasets": {"lora_tune.data.sources"},
+    "optuna": {"lora_tune.training.sweep_study"},
+    "uvicorn": {"lora_tune.serving.http_server"},
+    "prometheus_client": {"lora_tune.serving.metrics"},
+    "openai": {"lora_tune.serving.conformance"},
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "trl", "numpy", "bitsandbytes", "pyarrow", "matplotlib"}
 COLD = [
@@ -66,6 +70,9 @@ COLD = [
     "lora_tune.cli",
     "lora_tune.model.source",
     "lora_tune.model.memory",
+    "lora_tune.model.scaling",
+    "lora_tune.training.sweep_space",
+    "lora_tune.sweep",
     "lora_tune.model.cards",
     "lora_tune.model.device",
     "lora_tune.model.choice",

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 POINTS = 400  # of a line; more steps are drawn as the lowest and highest value of neighbours
 LABEL_LETTERS = 60  # of a row's label
-_WIDTH_IN = 5.0
+WIDTH_IN = 5.0
 _LABEL_UNITS = 335  # width of a label, in letters of 10 units
-_COLOURS = {
+COLOURS = {
     name: f"#0{number:x}f0f{number:x}"
     for number, name in enumerate(("ink", "soft", "line", "card", "base", "adapter", "better", "worse", "held"), 1)
 }
@@ -83,22 +83,22 @@ def curve(
         return None
     figure, axes = _figure(2.5)
     if smooth == "smoothed":
-        axes.plot(*_columns(thinned(points)), color=_COLOURS["adapter"], alpha=0.3, linewidth=1)
+        axes.plot(*_columns(thinned(points)), color=COLOURS["adapter"], alpha=0.3, linewidth=1)
         line = list(zip([step for step, _ in points], _smoothed([value for _, value in points]), strict=True))
-        axes.plot(*_columns(thinned(line)), color=_COLOURS["adapter"], linewidth=1.8)
+        axes.plot(*_columns(thinned(line)), color=COLOURS["adapter"], linewidth=1.8)
     else:
-        axes.plot(*_columns(thinned(points)), color=_COLOURS["adapter"], linewidth=1.4)
+        axes.plot(*_columns(thinned(points)), color=COLOURS["adapter"], linewidth=1.4)
     if len(points) == 1:
-        axes.plot(*_columns(points), "o", color=_COLOURS["adapter"], markersize=5)
+        axes.plot(*_columns(points), "o", color=COLOURS["adapter"], markersize=5)
     if held_out:
-        axes.plot(*_columns(thinned(held_out)), "o-", color=_COLOURS["held"], markersize=4, linewidth=1.4)
+        axes.plot(*_columns(thinned(held_out)), "o-", color=COLOURS["held"], markersize=4, linewidth=1.4)
     if scale == "from zero":
         axes.set_ylim(bottom=0)
-    _steps_axis(axes, [step for step, _ in (*points, *held_out)])
+    steps_axis(axes, [step for step, _ in (*points, *held_out)])
     about = _in_words(title, points)
     if held_out:
         about += f" Held out: from {number_text(held_out[0][1])} to {number_text(held_out[-1][1])}."
-    return Picture(title, about, _svg(figure, name=name, label=about))
+    return Picture(title, about, as_svg(figure, name=name, label=about))
 
 
 def scores_picture(title: str, strips: Sequence[Strip], *, name: str, bounds: tuple[float, float] | None) -> Picture:
@@ -107,9 +107,9 @@ def scores_picture(title: str, strips: Sequence[Strip], *, name: str, bounds: tu
     for place, strip in enumerate(strips):
         y = -place
         if strip.base is not None:
-            axes.plot([strip.base, strip.value], [y, y], color=_COLOURS["line"], linewidth=2.5, zorder=1)
+            axes.plot([strip.base, strip.value], [y, y], color=COLOURS["line"], linewidth=2.5, zorder=1)
             axes.plot(strip.base, y, "o", markersize=8, markeredgewidth=1.8, zorder=4,
-                      markerfacecolor=_COLOURS["card"], markeredgecolor=_COLOURS["base"])  # fmt: skip
+                      markerfacecolor=COLOURS["card"], markeredgecolor=COLOURS["base"])  # fmt: skip
         _interval(axes, strip, y)
     if bounds is not None:
         room = 0.03 * (bounds[1] - bounds[0])
@@ -118,20 +118,20 @@ def scores_picture(title: str, strips: Sequence[Strip], *, name: str, bounds: tu
         f"{strip.label[:LABEL_LETTERS]}: base {number_text(strip.base)}, adapter {number_text(strip.value)}."
         for strip in strips[:12]
     )
-    return Picture(title, about, _svg(figure, name=name, label=about))
+    return Picture(title, about, as_svg(figure, name=name, label=about))
 
 
 def differences_picture(title: str, strips: Sequence[Strip], *, name: str) -> Picture:
     """Differences adapter - base with their intervals, one a row, beside a line at zero."""
     figure, axes = _strip_axes(len(strips))
-    axes.axvline(0, color=_COLOURS["soft"], linewidth=1, linestyle=(0, (3, 3)), zorder=0)
+    axes.axvline(0, color=COLOURS["soft"], linewidth=1, linestyle=(0, (3, 3)), zorder=0)
     for place, strip in enumerate(strips):
         _interval(axes, strip, -place)
     counts = {word: sum(strip.verdict == word for strip in strips) for word in ("better", "worse", "same")}
     about = (
         f"{title}: of {len(strips)}, {counts['better']} better, {counts['worse']} worse, {counts['same']} undecided."
     )
-    return Picture(title, about, _svg(figure, name=name, label=about))
+    return Picture(title, about, as_svg(figure, name=name, label=about))
 
 
 def clouds_picture(title: str, clouds: Sequence[Cloud], *, name: str) -> Picture:
@@ -139,19 +139,19 @@ def clouds_picture(title: str, clouds: Sequence[Cloud], *, name: str) -> Picture
     figure, axes = _strip_axes(len(clouds), row_in=0.64)
     for place, cloud in enumerate(clouds):
         for values, colour, y in ((cloud.base, "base", -place + 0.1), (cloud.adapter, "adapter", -place - 0.16)):
-            face = _COLOURS["card"] if colour == "base" else _COLOURS[colour]
+            face = COLOURS["card"] if colour == "base" else COLOURS[colour]
             axes.plot(values, [y] * len(values), "o", markersize=5, markerfacecolor=face, markeredgewidth=1.3,
-                      markeredgecolor=_COLOURS[colour])  # fmt: skip
+                      markeredgecolor=COLOURS[colour])  # fmt: skip
             middle = float(np.median(values))
-            axes.plot([middle, middle], [y - 0.13, y + 0.13], color=_COLOURS["ink"], linewidth=1.8, zorder=5)
-        _label(axes, cloud.label, -place + 0.08)
+            axes.plot([middle, middle], [y - 0.13, y + 0.13], color=COLOURS["ink"], linewidth=1.8, zorder=5)
+        row_label(axes, cloud.label, -place + 0.08)
     words = [
         f"{cloud.label[:LABEL_LETTERS]}: median of the base {number_text(float(np.median(cloud.base)))}, "
         f"of the adapter {number_text(float(np.median(cloud.adapter)))}."
         for cloud in clouds[:12]
     ]
     about = f"{title[:LABEL_LETTERS]} of every template. {' '.join(words)}"
-    return Picture(f"{title}, a dot a template", about, _svg(figure, name=name, label=about))
+    return Picture(f"{title}, a dot a template", about, as_svg(figure, name=name, label=about))
 
 
 def histogram(title: str, values: Sequence[float], *, name: str, marked: float) -> Picture | None:
@@ -161,7 +161,7 @@ def histogram(title: str, values: Sequence[float], *, name: str, marked: float) 
         return None
     figure, axes = _figure(2.1)
     counts, edges = np.histogram(values, bins=min(40, max(8, int(len(values) ** 0.5) + 1)))
-    colours = [_COLOURS["worse"] if edge >= marked else _COLOURS["adapter"] for edge in edges[1:]]
+    colours = [COLOURS["worse"] if edge >= marked else COLOURS["adapter"] for edge in edges[1:]]
     axes.bar(edges[:-1], counts, width=np.diff(edges) * 0.9, align="edge", color=colours)
     axes.set_xlabel("loss of a row (nats per token)")
     axes.set_ylabel("rows (logarithmic)")
@@ -171,7 +171,7 @@ def histogram(title: str, values: Sequence[float], *, name: str, marked: float) 
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     middle, highest = number_text(float(np.median(values))), number_text(max(values))
     about = f"{title}: {len(values):,} rows, median {middle}, highest {highest}."
-    return Picture(title, about, _svg(figure, name=name, label=about))
+    return Picture(title, about, as_svg(figure, name=name, label=about))
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
@@ -204,50 +204,59 @@ def strips_of(scores: Mapping[str, Score], verdicts: Mapping[str, Verdict]) -> l
 def _figure(height_in: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained", facecolor="none")
-    axes = figure.subplots()
+    figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained", facecolor="none")
+    return figure, styled(figure.subplots())
+
+
+def styled(axes: Axes) -> Axes:
+    """The axes without a frame, with a quiet grid and numbers as the report writes them."""
     axes.set_facecolor("none")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("bottom", "left"):
-        axes.spines[side].set_color(_COLOURS["line"])
-    axes.tick_params(colors=_COLOURS["line"], labelcolor=_COLOURS["soft"], labelsize=10)
+        axes.spines[side].set_color(COLOURS["line"])
+    axes.tick_params(colors=COLOURS["line"], labelcolor=COLOURS["soft"], labelsize=10)
     for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=_COLOURS["soft"], fontsize=10)
-    axes.grid(axis="y", color=_COLOURS["line"], linewidth=0.7)
+        label.set(color=COLOURS["soft"], fontsize=10)
+    axes.grid(axis="y", color=COLOURS["line"], linewidth=0.7)
     axes.set_axisbelow(True)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−").replace("e−0", "e−"))
     axes.locator_params(axis="y", nbins=5)
     axes.locator_params(axis="x", nbins=5)
-    return figure, axes
+    return axes
 
 
 def _strip_axes(rows: int, *, row_in: float = 0.52) -> tuple[Figure, Axes]:
     """Axes with room for a label above each of the rows, which stand at y = 0, -1, …"""
     figure, axes = _figure(0.45 + row_in * rows)
+    rows_axis(axes, rows)
+    return figure, axes
+
+
+def rows_axis(axes: Axes, rows: int) -> None:
+    """Room for a label above each of the rows, which stand at y = 0, -1, …"""
     axes.set_ylim(-rows + 0.55, 0.85)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
-    axes.grid(axis="x", color=_COLOURS["line"], linewidth=0.7)
-    return figure, axes
+    axes.grid(axis="x", color=COLOURS["line"], linewidth=0.7)
 
 
 def _interval(axes: Axes, strip: Strip, y: float) -> None:
     """A filled dot with a whisker, and the label above it at the left edge."""
-    colour = _COLOURS["soft" if strip.verdict == "same" else strip.verdict]
+    colour = COLOURS["soft" if strip.verdict == "same" else strip.verdict]
     axes.plot([strip.low, strip.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=2)
     for end in (strip.low, strip.high):
         axes.plot([end, end], [y - 0.13, y + 0.13], color=colour, linewidth=1.6, zorder=2)
     axes.plot(strip.value, y, "o", color=colour, markersize=7, zorder=3)
-    _label(axes, strip.label, y)
+    row_label(axes, strip.label, y)
 
 
-def _label(axes: Axes, text: str, y: float) -> None:
+def row_label(axes: Axes, text: str, y: float) -> None:
     """A row's label above it, at the left edge."""
     shown = _fitting(text).replace("$", r"\$")  # else matplotlib reads mathematics
-    axes.text(0, y + 0.3, shown, transform=axes.get_yaxis_transform(), fontsize=10, color=_COLOURS["ink"], va="bottom")
+    axes.text(0, y + 0.3, shown, transform=axes.get_yaxis_transform(), fontsize=10, color=COLOURS["ink"], va="bottom")
 
 
 def _fitting(label: str) -> str:
@@ -261,7 +270,8 @@ def _fitting(label: str) -> str:
     return label
 
 
-def _steps_axis(axes: Axes, steps: Sequence[float]) -> None:
+def steps_axis(axes: Axes, steps: Sequence[float]) -> None:
+    """Whole optimizer steps along the bottom."""
     axes.set_xlabel("optimizer step")
     axes.locator_params(axis="x", nbins=5, integer=True)
     if min(steps) == max(steps):
@@ -290,7 +300,7 @@ def _in_words(title: str, points: Sequence[tuple[float, float]]) -> str:
     )
 
 
-def _svg(figure: Any, *, name: str, label: str) -> str:
+def as_svg(figure: Any, *, name: str, label: str) -> str:
     """The figure as an `<svg>` element for a page: no size of its own, own ids, CSS variables for colours."""
     import matplotlib
 
@@ -309,6 +319,6 @@ def _svg(figure: Any, *, name: str, label: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'xlink:href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
-    for colour, code in _COLOURS.items():
+    for colour, code in COLOURS.items():
         text = text.replace(code, f"var(--{colour})")
     return re.sub(r">\s+<", "><", text)

@@ -55,6 +55,21 @@ def device_budget() -> tuple[Device, float]:
     return machine.device, machine.free_gib
 
 
+def visible_cards() -> tuple[str, ...]:
+    """The GPUs that a process started here sees, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    if _cpu_build() or _first_gpu() is None:
+        return ()
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return tuple(name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip())
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return tuple(str(number) for number in range(pynvml.nvmlDeviceGetCount()))
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def _cpu_build() -> bool:
     try:
         return "+cpu" in importlib.metadata.version("torch")

@@ -1,5 +1,6 @@
 # make quickstart   from a clean clone to a trained adapter: a virtual environment, the pinned packages, one run
 # make test         ruff, mypy and all tests in the same environment
+# make nightly      exported adapters executed in mlx-lm and llama.cpp, which it installs (llama.cpp builds for 15 minutes)
 # make faults       kills, damage, full disks and power cuts at every file operation; LORA_TUNE_CORPUS has the injector
 #
 # Needs Python 3.11 or newer with pip, and nothing else. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS …) hold. A
@@ -18,7 +19,7 @@ PIP := $(PY) -m pip install --quiet
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test coverage faults lint typecheck example-adapter wheel clean
+.PHONY: quickstart test coverage nightly faults lint typecheck example-adapter wheel clean
 
 quickstart: $(VENV)/.installed
 	$(PY) -m lora_tune.run recipes/quickstart.yaml --overwrite
@@ -29,6 +30,12 @@ test: lint typecheck
 # the same tests, and the lines that none of them runs
 coverage: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term-missing
+
+# what other engines make of exported adapters; LORA_TUNE_ENGINES_REQUIRED fails what would be skipped without them
+nightly: $(VENV)/.installed-test
+	$(PIP) -c $(VENV)/constraints.txt -e '.[nightly]'
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 LORA_TUNE_ENGINES_REQUIRED=1 $(PY) -m pytest -m nightly
+	$(PY) -m benchmarks.export_parity
 
 # every fault of tests/faults at every file operation of a run (half an hour); goes on where it was interrupted
 faults: $(VENV)/.installed-test

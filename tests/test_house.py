@@ -44,8 +44,9 @@ VERB_LAYER = 9
 ADDRESSES = {
     "trl": {"lora_tune.training.trainer"},
     "bitsandbytes": {"lora_tune.model.base"},
-    "peft": {"lora_tune.model.methods", "lora_tune.model.merging", "lora_tune.adapter.load"},
+    "peft": {"lora_tune.model.methods", "lora_tune.model.merging", "lora_tune.adapter.load", "lora_tune.adapter.mixture"},
     "datasets": {"lora_tune.data.sources"},
+    "llguidance": {"lora_tune.serving.grammar"},
     "optuna": {"lora_tune.training.sweep_study"},
     "uvicorn": {"lora_tune.serving.http_server"},
     "prometheus_client": {"lora_tune.serving.metrics"},
@@ -224,7 +225,12 @@ def test_no_tunnels_and_no_globals() -> None:
     assert wrong == []
 
 
-EVERYTHING_BECOMES_A_MESSAGE = ("lora_tune.terminal", "lora_tune.data.template_child", "lora_tune.data.prompt_child")
+EVERYTHING_BECOMES_A_MESSAGE = (
+    "lora_tune.terminal",
+    "lora_tune.data.template_child",
+    "lora_tune.data.prompt_child",
+    "lora_tune.serving.engine",
+)
 
 
 def test_nothing_is_swallowed() -> None:

@@ -76,9 +76,36 @@ def attach_saved(model: PreTrainedModel | PeftModel, saved: SavedAdapter, *, nam
             wrapped.add_adapter(name, config, autocast_adapter_dtype=False)
         else:
             wrapped = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
-    _put(wrapped, saved.tensors, name=name)
+    try:
+        _put(wrapped, saved.tensors, name=name)
+    except BaseException:  # the model is left as it was
+        if wrapped is model:
+            detach(wrapped, name)
+        else:
+            wrapped.unload()
+        raise
     wrapped.requires_grad_(False)
     return wrapped.eval()
+
+
+def read_checked(folder: Path, *, shapes: Mapping[str, tuple[int, ...]]) -> SavedAdapter:
+    """An adapter of a folder, on the CPU, checked against the shapes of its base (`live_shapes` before any adapter).
+
+    Raises: CheckFailed with every problem.
+    """
+    subject = Subject(folder, shapes=dict(shapes))
+    _refuse(run_checks(subject))
+    return SavedAdapter(config=subject.content, tensors=load_file(folder / WEIGHTS))
+
+
+def detach(model: PeftModel, name: str) -> None:
+    """Take one adapter off a model; the base and the other adapters stay as they are.
+
+    Another one should be the active adapter, or none.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was active which is now deleted.*")
+        model.delete_adapter(name)
 
 
 def _make_room(model: PreTrainedModel, trained: Mapping[str, list[int]] | list[int] | None) -> None:

@@ -1,0 +1,158 @@
+"""Several plain LoRA adapters in one batch: each row of the batch is answered by the adapter that it asks for.
+
+PEFT's own way (`adapter_names`) gathers the rows of every adapter in every layer. Here the adapters stand side by side
+as one adapter of PEFT: A of all of them below each other, B beside each other, each scaled as its own configuration
+says, and between the two a mask that leaves to every row the columns of its own adapter. That is what PEFT computes,
+`base(x) + B(A(x)) * scaling`, by two products in each layer whatever the number of adapters; a row of the base keeps no
+column, and gets exactly the base's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+_NAME = "all-together"  # of the adapter that stands for all of them; served names are others
+_COLUMNS = 512  # ranks that may stand side by side at once before only those of a batch do
+_PARTS = ("lora_A.weight", "lora_B.weight")
+
+
+def is_mixable(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether an adapter is nothing but A and B of linear layers, which is what can share a batch with others."""
+    return bool(tensors) and all(key.endswith(_PARTS) for key in tensors)
+
+
+class _Rows:
+    """Which columns (R) a row of the batch (B) does not have: (B, 1, R), True where they are hidden."""
+
+    hidden_B1R: torch.Tensor
+
+
+class _TogetherA(nn.Module):
+    """A of all adapters (R, in), and the mask of the batch behind it."""
+
+    def __init__(self, weight: torch.Tensor, rows: _Rows) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._rows = rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, in) or, where a model has flattened it, (B * T, in), to as many columns R."""
+        columns, hidden = nn.functional.linear(x, self.weight), self._rows.hidden_B1R
+        if columns.dim() == 3:
+            return columns.masked_fill(hidden, 0.0)
+        return columns.view(len(hidden), -1, columns.shape[-1]).masked_fill(hidden, 0.0).view(columns.shape)
+
+
+class Mixture:
+    """The adapters that can share a batch, on one model. Call `leave` before what is on the model changes,
+    and `place` behind it."""
+
+    def __init__(self) -> None:
+        self._model: PeftModel | None = None
+        self._ranks: dict[str, int] = {}
+        self._stacked: dict[str, slice] = {}
+        self._rows = _Rows()
+        self._selected: tuple[str | None, ...] | None = None
+        self._active: str | None = None
+
+    def place(self, model: PeftModel | None, names: Sequence[str]) -> None:
+        """The model (None: it has no adapter yet) and the names of the adapters on it that can share a batch."""
+        self._model = model
+        self._active = self._selected = None
+        self._stacked = {}
+        self._ranks = {}
+        if model is not None:
+            self._ranks = {name: _rank(model, name) for name in names}
+            self._stack(names if sum(self._ranks.values()) <= _COLUMNS else ())
+
+    def leave(self) -> None:
+        """Take the common adapter off the model and make none active, before what is on the model changes."""
+        if self._model is not None:
+            for layer in _layers(self._model):
+                layer.set_adapter([])
+                _take_off(layer)
+        self._model = self._active = self._selected = None
+        self._stacked = {}
+
+    def select(self, names: Sequence[str | None]) -> None:
+        """Let row i of the next batch be answered by adapter `names[i]`, None for the base alone."""
+        if self._model is None:
+            return
+        wanted = tuple(names)
+        if wanted == self._selected and self._active == _NAME:
+            return
+        missing = {name for name in wanted if name is not None} - self._stacked.keys()
+        if missing:
+            self._stack(sorted({name for name in wanted if name is not None}))
+        self._activate(_NAME)
+        kinds: list[str | None] = [None, *self._stacked]
+        number = {name: index for index, name in enumerate(kinds)}
+        device = self._table_KR.device
+        rows_B = torch.tensor([number[name] for name in wanted], device=device)
+        self._rows.hidden_B1R = self._table_KR[rows_B].unsqueeze(1)
+        self._selected = wanted
+
+    def alone(self, name: str) -> None:
+        """Let all rows of the next batches be answered by this adapter, which may be of any kind."""
+        self._activate(name)
+        self._selected = None
+
+    def _activate(self, name: str) -> None:
+        if self._active != name and self._model is not None:
+            cast(Any, self._model.base_model).set_adapter(name, inference_mode=True)
+            self._active = name
+
+    def _stack(self, names: Sequence[str]) -> None:
+        """Put A and B of these adapters side by side in all layers; the place of a name is the same in each."""
+        model = cast(PeftModel, self._model)
+        self._stacked, start = {}, 0
+        for name in names:
+            self._stacked[name] = slice(start, start + self._ranks[name])
+            start += self._ranks[name]
+        device = next(model.parameters()).device
+        self._table_KR = torch.ones((len(names) + 1, start), dtype=torch.bool, device=device)
+        for number, columns in enumerate(self._stacked.values(), 1):
+            self._table_KR[number, columns] = False
+        self._rows.hidden_B1R = self._table_KR[:1].unsqueeze(1)
+        for layer in _layers(model):
+            self._stack_layer(layer, start)
+        self._active = self._selected = None
+
+    def _stack_layer(self, layer: Any, columns: int) -> None:
+        here = [name for name in self._stacked if name in layer.lora_A]
+        _take_off(layer)
+        if not here:
+            return
+        a, b = layer.lora_A[here[0]].weight, layer.lora_B[here[0]].weight
+        a_RI = torch.zeros((columns, a.shape[1]), dtype=torch.float32, device=a.device)
+        b_OR = torch.zeros((b.shape[0], columns), dtype=torch.float32, device=b.device)
+        for name in here:
+            start, rank = self._stacked[name].start, layer.lora_A[name].weight.shape[0]
+            a_RI[start : start + rank] = layer.lora_A[name].weight
+            b_OR[:, start : start + rank] = layer.lora_B[name].weight.float() * layer.scaling[name]
+        layer.lora_A[_NAME] = _TogetherA(a_RI, self._rows)
+        head = nn.Linear(columns, b.shape[0], bias=False, device="meta")
+        head.weight = nn.Parameter(b_OR, requires_grad=False)
+        layer.lora_B[_NAME], layer.lora_dropout[_NAME] = head, nn.Identity()
+        layer.scaling[_NAME] = 1.0
+
+
+def _take_off(layer: Any) -> None:
+    for part in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.scaling):
+        if _NAME in part:
+            del part[_NAME]
+
+
+def _layers(model: PeftModel) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def _rank(model: PeftModel, name: str) -> int:
+    """The largest rank that an adapter has in any layer."""
+    return max((layer.lora_A[name].weight.shape[0] for layer in _layers(model) if name in layer.lora_A), default=0)

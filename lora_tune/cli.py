@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "preview": ("lora_tune.preview", "Show the rows as they will be trained: tokens, loss mask, ledger."),
     "eval": ("lora_tune.eval", "Base against adapter on the same rows, with intervals."),
     "generate": ("lora_tune.generate", "Answer a file of prompts, in batches."),
+    "chat": ("lora_tune.chat", "Talk to adapters and their base."),
     "adapters": ("lora_tune.adapters", "Look at adapter folders and verify them."),
     "merge": ("lora_tune.merge", "Fold an adapter into its base and prove it."),
     "export": ("lora_tune.export", "Write an adapter in the layout of another engine."),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,23 +12,27 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lora_tune.adapter.claim import Mode, claim_folder
-from lora_tune.adapter.folder import Manifest, ScoreRecord, read_manifest
+from lora_tune.adapter.folder import Manifest, read_manifest
 from lora_tune.disk import disk_text
-from lora_tune.errors import CheckFailed, Problem, RecipeError, UsageError
-from lora_tune.model.memory import plan_here
+from lora_tune.errors import Problem, RecipeError, UsageError
 from lora_tune.model.source import BaseSource, check_against_base, find_base, load_tokenizer
 from lora_tune.recipe import Recipe, Train
 from lora_tune.recipe_file import RecipeFile, read_recipe
 from lora_tune.terminal import activity, messages, print_json, print_problems, results, resumable, run_app
+from lora_tune.training.agent import run_processes
+from lora_tune.training.finish import prove, write_folder
 from lora_tune.training.identity import check_allowed
+from lora_tune.training.layout import fitting_micro_batch, layout_here, plan_of_process
+from lora_tune.training.place import place_here
 from lora_tune.training.planned import Planned
-from lora_tune.training.room import free_room, take_room
+from lora_tune.training.room import take_room
 from lora_tune.training.start import Start, find_start
+from lora_tune.training.team import here
+from lora_tune.training.worker import as_worker
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from lora_tune.adapter.write import FinishedRun
     from lora_tune.data.chat_template import ChatTemplate
     from lora_tune.data.pipeline import Prepared
     from lora_tune.evaluation.scores import Comparison
@@ -46,11 +48,11 @@ def run(
     allowed: Sequence[str] = (),
     preflight: Literal["on", "off"] = "on",
     trust_remote_code: str | None = None,
-) -> tuple[Manifest, Comparison | None]:
+) -> tuple[Manifest | None, Comparison | None]:
     """From a recipe to a proven adapter folder; returns its manifest, and base against adapter on held-out rows.
 
     `allowed` names the keys that a resumed run may have changed. A run that was finished already is proven once more,
-    and its comparison is None.
+    and its comparison is None. Of several processes only the first returns something.
 
     Raises:
         RecipeError, UsageError: the recipe, the base or the output folder does not do (exit 2).
@@ -59,21 +61,22 @@ def run(
         CheckFailed: a loss was not finite, or the folder did not pass its own verification (exit 1).
         Interrupted: a signal came; `--resume` goes on from the checkpoint (exit 128 + its number).
     """
-    recipe, folder = file.recipe, Path(file.recipe.output)
-    with claim_folder(folder, mode):
+    recipe, folder, team = file.recipe, Path(file.recipe.output), here()
+    with claim_folder(folder, mode) if team.first else nullcontext():
         # 1. The base's config and tokenizer: does the recipe fit to them? No weight is read yet.
         source = find_base(recipe.base, trust_remote_code=trust_remote_code)
         _report(file, [*file.warnings, *check_against_base(source, lora=recipe.lora, train=recipe.train)])
         # 2. Every row is read, checked and split; then tokens, loss mask and packing, with an account of all of it.
         with file.locating():
-            chat, prepared = _prepare(recipe, source, trust_remote_code=trust_remote_code)
+            with team.in_turn("data"):
+                chat, prepared = _prepare(recipe, source, trust_remote_code=trust_remote_code)
             # 3. Where it starts; what is at `auto` is decided once, to fit into memory; room on the disk is set aside.
             start = _find_start(recipe, source, prepared, chat=chat, mode=mode, allowed=allowed)
         if start.finished:
-            _prove(folder, recipe, trust_remote_code=trust_remote_code)
-            return read_manifest(folder), None
+            return _finished(folder, recipe, trust_remote_code=trust_remote_code), None
         recipe, reason = _resolve(recipe, source, start=start)
-        take_room(folder, recipe, source, start=start)
+        if team.first:
+            take_room(folder, recipe, source, start=start)
         # 4. The frozen base, with a trainable adapter on it.
         model = _load(recipe, source, prepared, trust_remote_code=trust_remote_code)
         chat.align(model)
@@ -81,14 +84,25 @@ def run(
         with activity("training", display="own"):
             planned = Planned(source.config, recipe.base, recipe.lora, recipe.train, preflight, reason)
             _train(model, recipe, prepared, chat=chat, start=start, planned=planned)
+        if not (team.first or team.divided):  # the others have done their part
+            return None, None
         # 6. Base against adapter on the same held-out rows.
         with activity("comparing base and adapter", display="own"):
             comparison = _compare(model, recipe, prepared, chat=chat)
         # 7. The adapter folder: weights, tokenizer, template, recipe, ledger, test vectors, report, card, manifest.
-        manifest = _write(recipe, source, prepared, chat=chat, model=model, comparison=comparison, reason=reason)
+        manifest = write_folder(recipe, source, prepared, chat=chat, model=model, comparison=comparison, reason=reason)
     # 8. Proof: another process loads the folder on the base and replays the test vectors.
-    _prove(folder, recipe, trust_remote_code=trust_remote_code)
+    if manifest is not None:
+        prove(folder, recipe, trust_remote_code=trust_remote_code)
     return manifest, comparison
+
+
+def _finished(folder: Path, recipe: Recipe, *, trust_remote_code: str | None) -> Manifest | None:
+    """A run that was finished before is proven once more."""
+    if not here().first:
+        return None
+    prove(folder, recipe, trust_remote_code=trust_remote_code)
+    return read_manifest(folder)
 
 
 def _report(file: RecipeFile, problems: Iterable[Problem]) -> None:
@@ -146,8 +160,12 @@ def _find_start(
     """Where the run starts, and whether what is there is the same run. Raises UsageError where it is another."""
     from lora_tune.training.identity import run_identity
 
-    identity = run_identity(recipe, source, prepared, chat)
-    return find_start(Path(recipe.output), identity, mode=mode, allowed=allowed, report=messages().print)
+    identity, team = run_identity(recipe, source, prepared, chat), here()
+    team.require_equal(identity, "base, data or version", "let all machines read the same files")
+    start = Start()
+    if team.first:
+        start = find_start(Path(recipe.output), identity, mode=mode, allowed=allowed, report=messages().print)
+    return team.share(start)
 
 
 def _resolve(recipe: Recipe, source: BaseSource, *, start: Start) -> tuple[Recipe, str]:
@@ -156,13 +174,16 @@ def _resolve(recipe: Recipe, source: BaseSource, *, start: Start) -> tuple[Recip
         resolved = start.found.run["resolved"]
         reason = str(resolved.get("reason", ""))
         changes = {name: value for name, value in resolved.items() if name in Train.model_fields}
+        each = recipe.train.batch_size // here().world
+        changes["micro_batch_size"] = fitting_micro_batch(changes["micro_batch_size"], each)
         for name in ("micro_batch_size", "gradient_checkpointing"):
             if f"train.{name}" in start.allowed and getattr(recipe.train, name) != "auto":
                 changes[name] = getattr(recipe.train, name)
     else:
-        plan = plan_here(source.config, base=recipe.base, lora=recipe.lora, train=recipe.train)
-        messages().print(plan.reason)
-        changes, reason = plan.resolved, plan.reason
+        plan = plan_of_process(recipe, source, here().layout)
+        plans = here().gather((plan.resolved, plan.reason))
+        changes, reason = min(plans, key=lambda found: found[0]["micro_batch_size"])
+        messages().print(reason)
     train = Train.model_validate(recipe.train.model_dump() | changes)
     return recipe.model_copy(update={"train": train}), reason
 
@@ -196,16 +217,16 @@ def _train(
     from lora_tune.training.resume import RunFacts
     from lora_tune.training.trainer import build
 
-    folder, train, lora = Path(recipe.output), recipe.train, recipe.lora
+    folder, train, lora, team = Path(recipe.output), recipe.train, recipe.lora, here()
     facts = RunFacts(
         identity=start.identity,
         allowed=start.allowed,
         resolved=train.model_dump(include={"micro_batch_size", "gradient_checkpointing", "optimizer"})
-        | {"reason": planned.reason},
+        | {"reason": planned.reason, "strategy": team.strategy, "processes": team.world},
         groups=partial(parameter_groups, model, lora=lora, train=train) if lora.plus_ratio else None,
         sources=[entry.name for entry in prepared.identities],
-        display=TrainingDisplay(folder),
-        trackers=tracker_callbacks(recipe.track, folder=folder),
+        display=TrainingDisplay(folder) if team.first else None,
+        trackers=tracker_callbacks(recipe.track, folder=folder) if team.first else [],
         report=messages().print,
         short=planned.short,
     )
@@ -216,6 +237,8 @@ def _train(
     if planned.preflight == "on" and start.found is None:
         check_before_training(trainer, planned, chat=chat, held_out=prepared.held_out_rows)
     trainer.train(resume_from_checkpoint=str(start.found.folder) if start.found else None)
+    if not team.first:
+        return
     try:
         draw_loss(folder / "metrics.jsonl", folder / "loss.png")
     except OSError as error:
@@ -256,74 +279,6 @@ def _compare(model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: Chat
     return compare(model, chat, held_out, metrics=recipe.metrics, evaluation=recipe.eval, seed=recipe.seed)
 
 
-def _write(
-    recipe: Recipe,
-    source: BaseSource,
-    prepared: Prepared,
-    *,
-    chat: ChatTemplate,
-    model: PeftModel,
-    comparison: Comparison,
-    reason: str,
-) -> Manifest:
-    """Everything that the adapter folder tells about this run."""
-    folder = Path(recipe.output)
-    free_room(folder)
-    with activity(f"writing {folder}"):
-        from lora_tune.adapter.vectors import make_test_vectors, precision
-        from lora_tune.adapter.write import FinishedRun, write_run
-        from lora_tune.model.base import compute_dtype
-        from lora_tune.model.methods import saved_adapter
-        from lora_tune.training.record import training_record
-
-        dtype = str(compute_dtype(recipe.base)).removeprefix("torch.")
-        here = precision(device=model.device.type, compute_dtype=dtype, quantize=recipe.base.quantize)
-        run = FinishedRun(
-            recipe=recipe,
-            source=source,
-            compute_dtype=dtype,
-            adapter=saved_adapter(model, lora=recipe.lora, source=source),
-            chat=chat,
-            identities=prepared.identities,
-            ledger=prepared.ledger.as_json(),
-            training=training_record(folder, recipe, model=model, prepared=prepared).because(reason),
-            vectors=make_test_vectors(model, chat, made_on=here),
-            scores={name: ScoreRecord(**asdict(score)) for name, score in comparison.scores.items()},
-            samples=comparison.samples,
-        )
-        _draw_report(folder, run, prepared, model=model, comparison=comparison)
-        return write_run(folder, run)
-
-
-def _draw_report(
-    folder: Path, run: FinishedRun, prepared: Prepared, *, model: PeftModel, comparison: Comparison
-) -> None:
-    """Write `report.html`, with the training rows that stay hard; nothing of the run changes."""
-    from lora_tune.evaluation.hard_rows import hard_rows, time_for
-    from lora_tune.evaluation.report_facts import facts_of_run
-    from lora_tune.evaluation.report_page import write_report
-    from lora_tune.training.metrics_file import read_metrics
-
-    seconds = time_for(run.training.seconds or 0.0)
-    hard = hard_rows(model, prepared.documents, chat=run.chat, seed=run.recipe.seed, seconds=seconds)
-    steps = read_metrics(folder / "metrics.jsonl")
-    write_report(folder, facts_of_run(folder, run, comparison, steps=steps, hard=hard))
-
-
-def _prove(folder: Path, recipe: Recipe, *, trust_remote_code: str | None) -> None:
-    """Load the folder on its base in a fresh process and replay the test vectors. Raises CheckFailed."""
-    with activity(f"verifying {folder} in a fresh process"):
-        command = [sys.executable, "-m", "lora_tune", "adapters", "verify", str(folder)]
-        command += ["--base", recipe.base.name, "--json"]
-        command += ["--trust-remote-code", trust_remote_code] if trust_remote_code else []
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        answer = json.loads(done.stdout) if done.stdout.startswith("{") else {"problems": []}
-        reasons = [Problem(**problem) for problem in answer["problems"]]
-        ended = Problem(f"verification ended with {done.returncode}: {done.stderr.strip()[-300:]}", file=str(folder))
-        raise CheckFailed(reasons or [ended])
-
-
 @app.command()
 def command(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
@@ -349,13 +304,23 @@ def command(
         raise UsageError("--allow-change goes with --resume", "add --resume")
     check_allowed(allow_change or ())
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
-    file = read_recipe(recipe, overrides=overrides or ())
-    with resumable(Path(file.recipe.output)):
-        preflight: Literal["on", "off"] = "off" if no_preflight else "on"
-        allowed = allow_change or ()
+    file, place = read_recipe(recipe, overrides=overrides or ()), place_here()
+    preflight: Literal["on", "off"] = "off" if no_preflight else "on"
+    with file.locating():
+        layout = layout_here(file.recipe, place, trust_remote_code=trust_remote_code)
+    if place is None and layout.world > 1:
+        messages().print(layout.reason)
+        options = {"--resume": resume, "--overwrite": overwrite, "--no-preflight": no_preflight, "--json": as_json}
+        arguments = [str(recipe), *(overrides or ()), *(name for name, given in options.items() if given)]
+        arguments += [word for key in allow_change or () for word in ("--allow-change", key)]
+        arguments += ["--trust-remote-code", trust_remote_code] if trust_remote_code else []
+        return run_processes(layout, arguments)
+    with as_worker(place, layout), resumable(Path(file.recipe.output)):
         manifest, comparison = run(
-            file, mode=mode, allowed=allowed, preflight=preflight, trust_remote_code=trust_remote_code
+            file, mode=mode, allowed=allow_change or (), preflight=preflight, trust_remote_code=trust_remote_code
         )
+    if manifest is None:
+        return
     if as_json:
         from lora_tune.evaluation.spread import tasks_as_json
 

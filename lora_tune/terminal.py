@@ -164,7 +164,7 @@ def run_app(app: typer.Typer, *, name: str, arguments: Sequence[str] | None = No
         reason = f"stopped by {signal_name(stopped.number)}, while {_doing(name)}{ending}"
         found: LoraTuneError = Interrupted(stopped.number, reason)
     except Exception as error:
-        found = _as_error(error, name)
+        found = as_error(error, name)
     if "--json" in given:
         print_json({"exit_code": found.exit_code}, found.problems)
     else:
@@ -172,7 +172,7 @@ def run_app(app: typer.Typer, *, name: str, arguments: Sequence[str] | None = No
     return found.exit_code
 
 
-def _as_error(error: Exception, name: str) -> LoraTuneError:
+def as_error(error: Exception, name: str) -> LoraTuneError:
     """What the user is told about an exception that ended a command."""
     import typer
 

@@ -45,6 +45,49 @@ class EpochSampler(Sampler[int]):
         return self.rows
 
 
+def share_of_step(rows: Sequence[int], *, micro: int, rank: int, world: int) -> list[list[int]]:
+    """The micro-batches of one process from the rows of a step: every `world`-th, each row in exactly one of them.
+
+    All processes get equally many; where the last step of an epoch has too few rows, the last ones are empty.
+    """
+    parts = [list(rows[start : start + micro]) for start in range(0, len(rows), micro)]
+    count = -(-len(parts) // world)
+    return [parts[place] if (place := number * world + rank) < len(parts) else [] for number in range(count)]
+
+
+class ShareSampler(Sampler[list[int]]):
+    """The micro-batches of one process, step by step, out of an order that all processes have."""
+
+    def __init__(self, order: EpochSampler, *, micro: int, accumulation: int, rank: int, world: int) -> None:
+        self.order = order
+        self.micro = micro
+        self.batch = micro * accumulation * world
+        self.rank = rank
+        self.world = world
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (from 0)."""
+        self.order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = list(self.order)
+        for start in range(0, len(rows), self.batch):
+            step = rows[start : start + self.batch]
+            yield from share_of_step(step, micro=self.micro, rank=self.rank, world=self.world)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.order.rows, self.batch)
+        accumulation = self.batch // (self.micro * self.world)
+        return whole * accumulation + -(-rest // (self.micro * self.world))
+
+
+def empty_batch(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The first document of a row with nothing of it trained: what a process does while others have one more."""
+    length = rows["seq_lengths"][0]
+    ids = rows["input_ids"][:length]
+    return {**rows, "input_ids": ids, "labels": [IGNORED] * length, "seq_lengths": [length]}
+
+
 def fold(lengths: Sequence[int], *, hidden_size: int) -> tuple[list[tuple[int, int]], int, int]:
     """Put documents into rows of equal capacity so that linear layers and masked attention cost least together.
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lora_tune.errors import UsageError
 from lora_tune.interrupts import Stop
 from lora_tune.training.state import trainable_tensors, undisturbed
+from lora_tune.training.team import here
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class Evaluations:
         with undisturbed(model):
             scores = {name: float(value) for name, value in self.plan.measure(model).items()}
             answers = list(self.plan.answer(model)) if self.plan.answer else []
+        scores, answers = here().share((scores, answers))
         if self.plan.keep == "best" or self.plan.stop_after:
             if "loss" not in scores:
                 raise UsageError(f"the best weights are chosen by `loss`, got {sorted(scores)}", "measure it")

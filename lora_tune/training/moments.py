@@ -21,13 +21,13 @@ class Moments(TrainerCallback):
         trainer, step = self.trainer, state.global_step
         control.should_evaluate = bool(trainer.evaluations and trainer.evaluations.due(step, last_step=state.max_steps))
         control.should_save = bool(trainer.save_every and step % trainer.save_every == 0) or step >= state.max_steps
-        if trainer.signals.caught is not None:
+        if trainer.stop_signal is not None:
             control.should_save = control.should_training_stop = True
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Stop where a signal came while the checkpoint was written."""
-        if self.trainer.signals.caught is not None and self.trainer.saved_step == state.global_step:
+        if self.trainer.stop_signal is not None and self.trainer.saved_step == state.global_step:
             control.should_training_stop = True
         return control
 

@@ -252,9 +252,12 @@ def _forward_backward(trainer: RunTrainer, numbers: Sequence[int]) -> float:
 def _try_checkpoint(trainer: RunTrainer) -> tuple[int, float]:
     """Write a checkpoint beside those of the run and remove it; its bytes, and the seconds that it took."""
     checkpoints = Path(trainer.args.output_dir) / checkpoint.FOLDER
+    files = trainer._files()
+    if not trainer.team.first:
+        return 0, 0.0
     scratch, began, before = checkpoints / _SCRATCH, time.perf_counter(), checkpoints.is_dir()
     try:
-        folder = checkpoint.save(scratch, 0, trainer._files(), keep=1)
+        folder = checkpoint.save(scratch, 0, files, keep=1)
         return sum(path.stat().st_size for path in folder.iterdir()), time.perf_counter() - began
     except OSError as error:
         free = shutil.disk_usage(_existing(checkpoints)).free / 2**20

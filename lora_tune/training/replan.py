@@ -179,6 +179,8 @@ class ReplanningTrainer(ResumableTrainer):
             yield inputs
             return
         numbers = self._step_rows[first * loaded : (self._done + 1) * loaded]
+        if not numbers:  # of several processes one that has nothing left to do in this step
+            yield inputs
         for start in range(0, len(numbers), size):
             yield self.collated(numbers[start : start + size])
 
@@ -230,7 +232,9 @@ class ReplanningTrainer(ResumableTrainer):
         """What to say where nothing smaller is left, with what of the run is saved."""
         size = f" at micro-batch {self.micro_batch_size}" if shortage.part != "evaluation" else ""
         reason = f"{f'step {step}: ' if step else ''}out of memory{size} ({shortage})"
-        if self.state.global_step and shortage.part != "optimizer":  # which may have changed some of the weights
+        if (
+            self.state.global_step and shortage.part != "optimizer" and not self.team.several
+        ):  # which may have changed some of the weights
             self._save_checkpoint(self.model, None)
         kept = f"; the checkpoint of step {self.saved_step} stays" if self.saved_step else ""
         return Problem(reason, FIXES[shortage.part] + kept)

@@ -23,6 +23,7 @@ from lora_tune.training.guard import StepGuard, require_finite
 from lora_tune.training.identity import check_identity
 from lora_tune.training.progress import METRICS, TrainingDisplay
 from lora_tune.training.schedule import Steps
+from lora_tune.training.team import ALONE, Team
 
 TRAINER_STATE = "trainer_state.json"  # the name that transformers reads
 _BEST = "best.safetensors"
@@ -63,6 +64,7 @@ class ResumableTrainer(Trainer):
     evaluations: Evaluations | None
     guard: StepGuard
     keep_checkpoints: int
+    team: Team = ALONE
     saved_step: int | None = None
     rescheduled = False  # the run goes on with another number of steps
 
@@ -72,8 +74,11 @@ class ResumableTrainer(Trainer):
             return
         require_finite(self.model, step=step)
         folder = Path(self.args.output_dir)
+        files = self._files()
+        if not self.team.first:  # which has given its parts
+            return
         try:
-            checkpoint.save(folder, step, self._files(), keep=self.keep_checkpoints)
+            checkpoint.save(folder, step, files, keep=self.keep_checkpoints)
         except OSError as error:
             needed = state.training_bytes(self.model, self.optimizer)
             reason = disk_text(error, folder / checkpoint.FOLDER, needed=needed)
@@ -155,8 +160,9 @@ class ResumableTrainer(Trainer):
                 raise UsageError(Problem(reason, "ask for more, or start a new run", key="train.max_steps"))
             for name in ("total_steps", "warmup_steps"):
                 self.rescheduled |= before.pop(name) != now.pop(name)
-        if "train.micro_batch_size" in allowed:
-            for name in ("micro_batch_size", "accumulation"):
+        others = before.setdefault("processes", 1) != now["processes"]
+        if "train.micro_batch_size" in allowed or others:
+            for name in ("micro_batch_size", "accumulation", "processes"):
                 del before[name], now[name]
         check_identity({"steps": before}, {"steps": now})
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_tune.errors import Problem, RecipeError
+from lora_tune.model.strategy import uneven
 from lora_tune.recipe import Train
 from lora_tune.recipe_values import share_of
 
@@ -38,7 +39,7 @@ SCHEDULES = {
 class Steps:
     """The steps of a training. An epoch shows every row once; its last step may hold fewer sequences.
 
-    With a time budget `total_steps` is UNLIMITED.
+    With a time budget `total_steps` is UNLIMITED. Each of the `processes` has `accumulation` micro-batches.
     """
 
     micro_batch_size: int
@@ -46,31 +47,36 @@ class Steps:
     steps_per_epoch: int
     total_steps: int
     warmup_steps: int
+    processes: int = 1
 
     def as_json(self) -> dict[str, int]:
         """The numbers by name, to be stored with the run."""
         return asdict(self)
 
 
-def plan_steps(rows: int, train: Train) -> Steps:
+def plan_steps(rows: int, train: Train, *, processes: int = 1) -> Steps:
     """The steps that `train` means for this many rows (packed sequences count as rows).
 
     Raises:
-        RecipeError: `micro_batch_size` is still "auto", or does not divide `batch_size`.
+        RecipeError: `micro_batch_size` is still "auto", or does not divide what a process has of `batch_size`.
     """
     micro = train.micro_batch_size
     if micro == "auto":
         problem = Problem("must be a number by now, got 'auto'", "plan the memory first", key="train.micro_batch_size")
         raise RecipeError(problem)
-    if train.batch_size % micro:
-        reason = f"must divide batch_size {train.batch_size} without a rest, got {micro}"
+    if problem := uneven(train.batch_size, processes):
+        raise RecipeError(problem)
+    each = train.batch_size // processes
+    if each % micro:
+        of = f"batch_size {train.batch_size}" + (f" / {processes} processes" if processes > 1 else "")
+        reason = f"must divide {of} without a rest, got {micro}"
         raise RecipeError(Problem(reason, key="train.micro_batch_size"))
-    accumulation = train.batch_size // micro
-    steps_per_epoch = math.ceil(math.ceil(rows / micro) / accumulation)
+    accumulation = each // micro
+    steps_per_epoch = math.ceil(rows / train.batch_size)
     if train.budget:  # training/budget.py says when it ends and where its warm-up does
-        return Steps(micro, accumulation, steps_per_epoch, UNLIMITED, 0)
+        return Steps(micro, accumulation, steps_per_epoch, UNLIMITED, 0, processes)
     total = train.max_steps or math.ceil(train.epochs * steps_per_epoch)
-    return Steps(micro, accumulation, steps_per_epoch, total, min(share_of(train.warmup, total), total))
+    return Steps(micro, accumulation, steps_per_epoch, total, min(share_of(train.warmup, total), total), processes)
 
 
 def optimizer_name(train: Train) -> str:

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_tune.errors import CheckFailed
 
@@ -100,6 +101,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with all of its parts, where each process holds one of them; every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:

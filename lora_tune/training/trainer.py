@@ -7,6 +7,7 @@ epoch), the guard against numbers that are not finite, evaluations that leave no
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from lora_tune.model.methods import cast_inputs
 from lora_tune.recipe import Train
 from lora_tune.training import state
 from lora_tune.training.batches import IGNORED, EpochSampler, FoldedCollator
-from lora_tune.training.budget import BudgetedTrainer, plan_budget
+from lora_tune.training.budget import plan_budget
 from lora_tune.training.checkpoint import Checkpoint
 from lora_tune.training.evaluations import Evaluation, Evaluations
 from lora_tune.training.guard import StepGuard, StepNumbers, largest_weight, places
@@ -40,7 +41,9 @@ from lora_tune.training.loss import summed_loss
 from lora_tune.training.moments import Moments
 from lora_tune.training.resume import TRAINER_STATE, RunFacts
 from lora_tune.training.schedule import SCHEDULES, Steps, mixed_precision, optimizer_name, plan_steps
+from lora_tune.training.shared import SharedTrainer
 from lora_tune.training.signals import SignalWatch
+from lora_tune.training.team import here
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,7 +77,7 @@ def build(
     """
     if len(rows) == 0:
         raise DataError("there are no rows to train on", "look at the ledger: lora-tune preview")
-    steps = plan_steps(len(rows), train)
+    steps = plan_steps(len(rows), train, processes=here().world)
     args = _sft_config(model, train=train, steps=steps, seed=seed, folder=folder)
     return RunTrainer(model, args, rows, chat=chat, train=train, steps=steps, evaluation=evaluation)
 
@@ -82,6 +85,8 @@ def build(
 def _sft_config(model: PeftModel, *, train: Train, steps: Steps, seed: int, folder: Path) -> SFTConfig:
     """The one place where SFTConfig is filled in."""
     precision = mixed_precision(model)
+    # of several processes each is the only one to transformers, which warns that it sees a process group all the same
+    logging.getLogger("transformers.training_args").addFilter(lambda said: "process group" not in said.getMessage())
     return SFTConfig(
         output_dir=str(folder),
         seed=seed,
@@ -120,7 +125,7 @@ def _sft_config(model: PeftModel, *, train: Train, steps: Steps, seed: int, fold
     )
 
 
-class RunTrainer(BudgetedTrainer, SFTTrainer):
+class RunTrainer(SharedTrainer, SFTTrainer):
     """The `SFTTrainer` that `build` returns; `for_run` tells it what else a run wants recorded."""
 
     model: Any
@@ -146,6 +151,7 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(Moments(self))
         self.steps = steps
+        self.team = here()
         self.facts = RunFacts()
         self.evaluations = Evaluations(evaluation) if evaluation else None
         self.keep_checkpoints = train.keep_checkpoints
@@ -202,12 +208,11 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
             result = TrainOutput(start.step, 0.0, {})
         else:
             display = closing(self.facts.display) if self.facts.display else nullcontext()
-            with self.signals, display, self.shortages_named(), self.casts("autocast"):
+            with self.signals, display, self.peers_named(), self.shortages_named(), self.casts("autocast"):
                 result = super().train(resume_from_checkpoint=str(start.folder) if start else None)
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self._chat.align(self.model)  # transformers puts the tokenizer's special tokens in when it starts
-        if self.signals.caught is not None:
-            raise Interrupted(self.signals.caught, self._stopped_by(self.signals.caught))
+        self.raise_signal()
         if self.evaluations and self.evaluations.best_tensors:
             state.set_trainable_tensors(self.model, self.evaluations.best_tensors)
         return result
@@ -218,9 +223,12 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
         """The micro-batches of one step and the number of trained tokens in all of them."""
         self._step_began = time.perf_counter()
         batches = list(islice(epoch_iterator, num_batches))
-        self.begin_step(self._rows_of_step())
-        self._step_tokens = sum(self.row_tokens[number] for number in self._step_rows)
-        self._step_trained_tokens = torch.stack([(batch["labels"] != IGNORED).sum() for batch in batches]).sum()
+        rows = self._rows_of_step()
+        self.begin_step(self.own_rows(rows))
+        self.draw_anew()
+        self._step_tokens = sum(self.row_tokens[number] for number in rows)
+        trained = torch.stack([(batch["labels"] != IGNORED).sum() for batch in batches]).sum()
+        self._step_trained_tokens = torch.tensor(self.team.sum(int(trained))) if self.team.several else trained
         return batches, self._step_trained_tokens.to(device)
 
     def micro_step(self, model: nn.Module, inputs: dict[str, Any], divisor: torch.Tensor | None) -> torch.Tensor:
@@ -232,7 +240,7 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
             model.train()
         inputs = self._prepare_inputs(inputs)
         loss = self.compute_loss(model, inputs, num_items_in_batch=divisor)
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss * self.team.world if self.team.divided else loss)  # FSDP takes the mean
         self._micro_losses.append(loss.detach())
         return loss.detach()
 
@@ -249,12 +257,15 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
+        self.add_up()
+        return state.whole(self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> float:
         """The norm as a number, after the check that this step may be taken: the one host sync of a step."""
         measured = self._clip_grad_norm(model) if grad_norm is None else grad_norm
-        numbers = torch.stack([self._tr_loss.float(), measured.float(), largest_weight(self._trained).float()])
+        numbers = torch.stack(
+            [self._tr_loss.float(), measured.float(), state.whole(largest_weight(self._trained)).float()]
+        )
         loss, norm, weight = numbers.tolist()
         scaler = self.accelerator.scaler
         scaled = scaler is not None and scaler.get_scale() >= 1
@@ -267,16 +278,17 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
 
     def _rows_to_blame(self) -> str:
         """Where the rows of the micro-batches stand whose loss is not finite, or all rows of the step."""
-        rows, size = self._rows_of_step(), self.micro_batch_size
+        rows, size = self.own_rows(self._rows_of_step()), self.micro_batch_size
         micro_batches = range(len(self._micro_losses))
         bad = [index for index in micro_batches if not bool(torch.isfinite(self._micro_losses[index]))]
-        numbers = [number for index in bad or micro_batches for number in rows[index * size : (index + 1) * size]]
+        own = [number for index in bad for number in rows[index * size : (index + 1) * size]]
+        numbers = [number for found in self.team.gather(own) for number in found] or self._rows_of_step()
         return places(self.train_dataset, numbers, self.facts.sources)
 
     def _rows_of_step(self) -> list[int]:
         """The numbers of the rows of the step that is running."""
         epoch, position = divmod(self.state.global_step, self.steps.steps_per_epoch)
-        size = self.steps.micro_batch_size * self.steps.accumulation
+        size = self.steps.micro_batch_size * self.steps.accumulation * self.steps.processes
         return self._sampler.order(epoch)[position * size : (position + 1) * size]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -305,7 +317,7 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
         if eval_dataset is not None or self.evaluations is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         try:
-            with self.casts("adapter dtype"), self.evaluations.whole_or_pending(), self.signals.cut_short():
+            with self.casts("adapter dtype"), self.evaluations.whole_or_pending(), self.cut_short():
                 scores, answers = self.evaluations.run(self.model, step=self.state.global_step)
         except Stop:  # the evaluation is repeated by the resumed run
             self.control.should_evaluate = False
@@ -314,6 +326,8 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(dict(metrics))
         self.control.should_training_stop |= self.evaluations.standing.stopped
+        if self.team.several and self.agree() is not None:
+            self.control.should_save = self.control.should_training_stop = True
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.facts.display is not None:
             self.facts.display.on_answers(self.state.global_step, answers)
@@ -330,8 +344,13 @@ class RunTrainer(BudgetedTrainer, SFTTrainer):
             if shown is not None:
                 shown.on_train_begin(self.args, self.state, self.control)
             self.evaluate()
-        if self.signals.caught is not None:
-            raise Interrupted(self.signals.caught, self._stopped_by(self.signals.caught))
+        self.raise_signal()
+
+    def raise_signal(self) -> None:
+        """Leave where a signal came to any of the processes. Raises: Interrupted."""
+        number = self.agree()
+        if number is not None:
+            raise Interrupted(number, self._stopped_by(number))
 
     def _stopped_by(self, number: int) -> str:
         """What to say after a signal: up to which step the work is saved."""

@@ -1,0 +1,65 @@
+"""How many processes a run gets, and what of it each one trains: decided from the recipe and the plan (cold)."""
+
+from __future__ import annotations
+
+from lora_tune.errors import RecipeError, ResourceError
+from lora_tune.model.device import this_machine, visible_cards
+from lora_tune.model.memory import MemoryPlan, too_large, try_plan
+from lora_tune.model.source import BaseSource, find_base
+from lora_tune.model.strategy import STRATEGIES, Layout, conflicts, layout_of
+from lora_tune.recipe import Recipe
+from lora_tune.training.place import Place
+
+
+def layout_here(recipe: Recipe, place: Place | None, *, trust_remote_code: str | None = None) -> Layout:
+    """The layout of a run on this machine, or of the processes that a launcher has started.
+
+    The base's config is read only where there are several processes.
+
+    Raises:
+        RecipeError: the batch cannot be shared, or something of the recipe does not work with the strategy.
+    """
+    hardware, batch, world = recipe.hardware, recipe.train.batch_size, place.world if place else None
+    cards = len(visible_cards()) if place is None else 0
+    first = layout_of(hardware, cards=cards, batch_size=batch, fits_one_card="yes", world=world)
+    if first.world == 1:
+        return first
+    first.share(recipe.train)
+    source = find_base(recipe.base, trust_remote_code=trust_remote_code)
+    layout = first
+    if hardware.strategy == "auto" and not _plan(recipe, source, first).fits:
+        layout = layout_of(hardware, cards=cards, batch_size=batch, fits_one_card="no", world=world)
+    found = conflicts(layout.strategy, base=recipe.base, lora=recipe.lora, train=recipe.train)
+    if found:
+        raise RecipeError(found)
+    return layout
+
+
+def plan_of_process(recipe: Recipe, source: BaseSource, layout: Layout) -> MemoryPlan:
+    """The plan of one process: its share of the batch, and of the base where that is divided.
+
+    Raises: ResourceError where nothing fits.
+    """
+    plan = _plan(recipe, source, layout)
+    if not plan.fits:
+        raise ResourceError(too_large(plan, layout.share(recipe.train)))
+    return plan
+
+
+def _plan(recipe: Recipe, source: BaseSource, layout: Layout) -> MemoryPlan:
+    machine = this_machine()
+    train = layout.share(recipe.train)
+    free = machine.free_gib
+    if layout.world > 1 and machine.device == "cpu":
+        free /= layout.processes  # which share this memory
+    settings = {"base": recipe.base, "lora": recipe.lora, "train": train, "device": machine.device}
+    divided = STRATEGIES[layout.strategy].divided
+    if divided:  # the plan counts a whole base: what the others hold of it is as good as free
+        whole = try_plan(source.config, **settings, budget_gib=free, card=machine.card)  # type: ignore[arg-type]
+        free += sum(whole.parts_gib[part] for part in divided) * (1 - 1 / layout.world)
+    return try_plan(source.config, **settings, budget_gib=free, card=machine.card)  # type: ignore[arg-type]
+
+
+def fitting_micro_batch(stored: int, each: int) -> int:
+    """The largest micro-batch of at most `stored` sequences that divides the `each` that a process has of a batch."""
+    return max(size for size in range(1, min(stored, each) + 1) if each % size == 0)

@@ -1,0 +1,160 @@
+"""Steps that several processes share: each has its micro-batches of the global batch, gradients are added up once.
+
+Rows, their order, the tokens by which the loss is divided and the learning rate are those of one process, so that the
+losses are as well, to rounding. Under ddp a process adds its gradients up over its own micro-batches first: they are
+sent once a step, and memory that falls short in one process is its own affair (`replan.py`). Random numbers (dropout,
+NEFTune) come from seed, step and rank, not from a generator that goes on: a checkpoint is the same for any number of
+processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lora_tune.errors import Problem, ResourceError
+from lora_tune.training.batches import EpochSampler, ShareSampler, empty_batch, share_of_step
+from lora_tune.training.budget import Budget, BudgetedTrainer
+from lora_tune.training.guard import require_finite
+from lora_tune.training.replan import Shortage
+from lora_tune.training.signals import SignalWatch
+
+
+class SharedTrainer(BudgetedTrainer):
+    """The part of a trainer that shares its steps with the other processes of its team, where it has some."""
+
+    signals: SignalWatch
+    lr_scheduler: Any
+    _sampler: EpochSampler
+    _trained: list[nn.Parameter]
+    _tr_loss: torch.Tensor
+    _agreed: int | None = None
+
+    # -- rows ---------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The micro-batches of this process."""
+        if not self.team.several:
+            return super().get_train_dataloader()
+        rows = self._remove_unused_columns(self.train_dataset, description="Training")
+
+        def collate(batch: list[dict[str, Any]]) -> Any:
+            return self.data_collator(batch or [empty_batch(rows[0])])
+
+        sampler = ShareSampler(
+            self._sampler,
+            micro=self.steps.micro_batch_size,
+            accumulation=self.steps.accumulation,
+            rank=self.team.rank,
+            world=self.team.world,
+        )
+        pinned = self.args.dataloader_pin_memory
+        loader: DataLoader = DataLoader(rows, batch_sampler=sampler, collate_fn=collate, pin_memory=pinned)
+        prepared: DataLoader = self.accelerator.prepare(loader)
+        return prepared
+
+    def own_rows(self, rows: Sequence[int]) -> list[int]:
+        """Of the rows of a step those that this process trains on, in its order."""
+        micro, team = self.steps.micro_batch_size, self.team
+        parts = share_of_step(rows, micro=micro, rank=team.rank, world=team.world)
+        return [number for part in parts for number in part]
+
+    def draw_anew(self) -> None:
+        """Random numbers of this step and process alone."""
+        if self.team.several:
+            step = self.state.global_step
+            torch.manual_seed((self.args.seed << 24) + step * self.team.world + self.team.rank)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if not self.team.several:
+            super()._load_rng_state(checkpoint)
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def add_up(self) -> None:
+        """The gradients and the loss of the step are those of all processes; what each has heard is agreed on."""
+        if not self.team.several:
+            return
+        self.agree()
+        if self.team.divided:  # FSDP has added its gradients up itself
+            self.team.add([self._tr_loss])
+            return
+        absent = [number for number, parameter in enumerate(self._trained) if parameter.grad is None]
+        present = torch.ones(len(self._trained), device=self._tr_loss.device)
+        for number in absent:  # experts that no token of this process went to
+            self._trained[number].grad = torch.zeros_like(self._trained[number])
+            present[number] = 0
+        self.team.add([*(parameter.grad for parameter in self._trained), self._tr_loss, present])  # type: ignore[list-item]
+        for number in absent:
+            if not bool(present[number]):
+                self._trained[number].grad = None
+
+    def agree(self) -> int | None:
+        """The signal that came to any of the processes, which all ask for at the same moment."""
+        if self.team.several:
+            self._agreed = self.team.most(self.signals.caught or 0) or None
+        return self.stop_signal
+
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal by which the training stops; of several processes the one that all know of."""
+        return self._agreed if self.team.several else self.signals.caught
+
+    def cut_short(self) -> AbstractContextManager[None]:
+        """What a signal may end at once: an evaluation, where no others are in the middle of it."""
+        return nullcontext() if self.team.several else self.signals.cut_short()
+
+    @contextmanager
+    def peers_named(self) -> Iterator[None]:
+        """Inside, what torch says of a process that is gone is a PeerLost that names it."""
+        try:
+            yield
+        except RuntimeError as error:
+            found = self.team.lost(error)
+            if found is None:
+                raise
+            raise found from None
+
+    def shrink(self, shortage: Shortage, *, step: int) -> None:
+        """Go on with half the micro-batch. Raises: ResourceError; always where the base is divided, as the others wait
+        for this process in every layer.
+        """
+        if self.team.divided:
+            fix = "set train.micro_batch_size lower, or train.gradient_checkpointing: all"
+            reason = f"process {self.team.rank}: out of memory at micro-batch {self.micro_batch_size} ({shortage})"
+            raise ResourceError(Problem(reason, fix, key="train.micro_batch_size"))
+        super().shrink(shortage, step=step)
+
+    # -- what the first process decides -------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not self.team.several:
+            super()._save_checkpoint(model, trial)
+            return
+        if self.saved_step == self.state.global_step:
+            return
+        if self.team.first or self.team.divided:
+            super()._save_checkpoint(model, trial)
+        else:
+            require_finite(self.model, step=self.state.global_step)
+        self.saved_step = self.team.share(self.saved_step)
+        self.agree()
+
+    def _rate_factor(self, budget: Budget, step: int) -> float:
+        if not self.team.several or step == 0:
+            return super()._rate_factor(budget, step)
+        if self.team.first:
+            factor = super()._rate_factor(budget, step)
+            self.team.share((budget.spent.points[step], budget.spent.left))
+            return factor
+        position, left = self.team.share((0.0, 0))
+        budget.replay = {**budget.replay, step: position}
+        factor = budget.factor(step)
+        budget.spent.left = left
+        self.state.max_steps = self.state.global_step + 1 + left
+        return factor

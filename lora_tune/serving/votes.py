@@ -39,8 +39,8 @@ class _Row(BaseModel):
     """UTC, ISO 8601."""
     base: str
     """Name of the base that all models stand on."""
-    template_sha256: str
-    """Of the chat template that rendered the prompt."""
+    template_sha256: str | None
+    """Of the chat template that rendered the prompt; null where the models have different ones."""
     temperature: float
     top_p: float
     max_tokens: int | None
@@ -93,7 +93,11 @@ class VotesBusy(ResourceError):
 
 
 def facts_of_vote(
-    *, base: str, template_sha256: str, sampling: tuple[float, float, int | None, int | None], prompt: Sequence[Message]
+    *,
+    base: str,
+    template_sha256: str | None,
+    sampling: tuple[float, float, int | None, int | None],
+    prompt: Sequence[Message],
 ) -> dict[str, Any]:
     """What all rows of one vote have in common. `sampling`: temperature, top_p, max_tokens, seed."""
     names = ("temperature", "top_p", "max_tokens", "seed")

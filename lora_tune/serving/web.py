@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_tune.serving.asked import ChatAsked, read_chat
 from lora_tune.serving.backend import Backend
+from lora_tune.serving.prompting import Prompting
 from lora_tune.serving.refusals import Refusal, bad, without_paths
 from lora_tune.serving.settings import Caps
 from lora_tune.serving.votes import (
@@ -79,9 +80,8 @@ class _Vote(BaseModel):
     sampling: dict[str, Any] = {}
 
 
-def router(backend: Backend, *, votes: Path | None, caps: Caps | None = None) -> APIRouter:
+def router(backend: Backend, *, prompting: Prompting, votes: Path | None, caps: Caps) -> APIRouter:
     """The routes of the page. Without a file for `votes` the page asks for none."""
-    caps = caps or Caps()
     routes = APIRouter()
     for path, file in FILES.items():
         routes.add_api_route(path, _sender(file), methods=["GET", "HEAD"], include_in_schema=False)
@@ -98,7 +98,7 @@ def router(backend: Backend, *, votes: Path | None, caps: Caps | None = None) ->
     @routes.post("/compare/tokens")
     async def tokens(request: Request) -> JSONResponse:
         asked = read_chat(_body(request), caps=caps, temperature=0.0)
-        return JSONResponse(await prompt_as_tokens(backend, asked))
+        return JSONResponse(await prompt_as_tokens(backend, prompting, asked))
 
     @routes.post("/compare/votes")
     async def vote(request: Request) -> JSONResponse:
@@ -109,30 +109,32 @@ def router(backend: Backend, *, votes: Path | None, caps: Caps | None = None) ->
     return routes
 
 
-async def prompt_as_tokens(backend: Backend, asked: ChatAsked) -> dict[str, Any]:
+async def prompt_as_tokens(backend: Backend, prompting: Prompting, asked: ChatAsked) -> dict[str, Any]:
     """What the model is fed for a chat request: `count` tokens in `pieces` of {ids, text, special}, and the template.
 
     A piece is one token, or the few that share a character. Of more than `MOST_TOKENS` the middle is `left_out`.
 
-    Raises: UnknownModel, CheckFailed where the template refuses the conversation.
+    Raises: UnknownModel; Refusal where the template refuses the conversation.
     """
     chat = backend.chat(asked.model)
-    ids = chat.prompt_ids(asked.messages, tools=asked.tools)
-    head, tail = (ids, []) if len(ids) <= MOST_TOKENS else (ids[: MOST_TOKENS // 2], ids[-MOST_TOKENS // 2 :])
+    ids, _ = await prompting.chat(asked)
+    parts = [ids] if len(ids) <= MOST_TOKENS else [ids[: MOST_TOKENS // 2], ids[-MOST_TOKENS // 2 :]]
     special = {number for number, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
-    found: list[dict[str, Any]] = []
-    for part in (head, tail):
-        for piece in pieces_of(part, special=special, decode=chat.tokenizer.decode):
-            found.append({"ids": piece.ids, "text": piece.text, "special": piece.ids[0] in special})
-            if len(found) % 256 == 0:
-                await asyncio.sleep(0)  # answers are being sent meanwhile
+
+    def found() -> list[TokenPiece]:
+        decode = chat.tokenizer.decode
+        return [piece for part in parts for piece in pieces_of(part, special=special, decode=decode)]
+
     return {
         "model": asked.model,
         "template_sha256": chat.sha256,
         "count": len(ids),
-        "left_out": len(ids) - len(head) - len(tail),
-        "left_out_after": len(head),
-        "pieces": found,
+        "left_out": len(ids) - sum(map(len, parts)),
+        "left_out_after": len(parts[0]),
+        "pieces": [
+            {"ids": piece.ids, "text": piece.text, "special": piece.ids[0] in special}
+            for piece in await prompting.run(found)
+        ],
     }
 
 
@@ -175,9 +177,10 @@ async def save_vote(backend: Backend, content: Mapping[str, Any], *, votes: Path
         if answer.model not in served:
             raise Refusal(404, f"answers.{number}.model: no model {answer.model[:64]!r} is served", param="model")
     wanted = asked.wanted
+    templates = {backend.chat(answer.model).sha256 for answer in given.answers}
     facts = facts_of_vote(
         base=next(model.name for model in backend.models() if model.parent is None),
-        template_sha256=backend.chat(asked.model).sha256,
+        template_sha256=templates.pop() if len(templates) == 1 else None,
         sampling=(wanted.temperature, wanted.top_p, wanted.max_tokens, wanted.seed),
         prompt=asked.messages,
     )

@@ -50,15 +50,17 @@ export function shared(one, other) {
   return [inOne, inOther];
 }
 
-// The texts in runs {text, same}. The first text is what the others are held against; of it a word is marked where
-// any other text lacks it.
+// The texts in runs {text, same, words}: a word is not `same` where no other text shares it.
 export function compare(texts) {
   const all = texts.map(words);
-  const same = all.map(list => list.map(() => true));
-  for (let i = 1; i < all.length; i++) {
-    const [first, other] = shared(all[0], all[i]);
-    same[i] = other;
-    first.forEach((isSame, word) => { same[0][word] &&= isSame; });
+  const same = all.map(list => list.map(() => false));
+  for (let i = 0; i < all.length; i++) {
+    for (let j = i + 1; j < all.length; j++) {
+      shared(all[i], all[j]).forEach((found, side) => {
+        const place = side ? j : i;
+        found.forEach((isSame, word) => { same[place][word] ||= isSame; });
+      });
+    }
   }
   return all.map((list, i) => runs(list, same[i]));
 }
@@ -66,8 +68,9 @@ export function compare(texts) {
 function runs(list, same) {
   const found = [];
   list.forEach((text, i) => {
-    if (i && same[i] === same[i - 1]) Object.assign(found.at(-1), { text: found.at(-1).text + text, words: found.at(-1).words + 1 });
-    else found.push({ text, same: same[i], words: 1 });
+    if (!i || same[i] !== same[i - 1]) found.push({ text: '', same: same[i], words: 0 });
+    found.at(-1).text += text;
+    found.at(-1).words += 1;
   });
   return found;
 }

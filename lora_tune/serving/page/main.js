@@ -42,6 +42,7 @@ async function connect() {
     keepsVotes = found.votes;
     byId('max_tokens').max = found.max_tokens;
     byId('alert').hidden = true;
+    byId('token-open').hidden = !token.get();
   } catch (failure) {
     byId('about').textContent = 'No connection to the models yet.';
     return fail(failure);
@@ -98,6 +99,10 @@ function sayAboutSampling() {
   byId('sampling-now').textContent = `${how}, up to ${max_tokens} tokens${system() ? ', with a system prompt' : ''}`;
 }
 
+function actions() {
+  return { keepsVotes, retry, takeBack, fail, curl: showCurl, back: () => byId('prompt').focus() };
+}
+
 async function send() {
   if (running || !models.length) return models.length ? undefined : connect();
   const prompt = byId('prompt').value;
@@ -106,7 +111,7 @@ async function send() {
   if (!byId('composer').reportValidity()) return undefined;
   byId('alert').hidden = true;
   const turn = conversation.add(prompt, columns, { system: system(), sampling: sampling() });
-  const view = new TurnView(turn, conversation.turns.length, { keepsVotes, retry, fail, back: () => byId('prompt').focus(), curl: showCurl });
+  const view = new TurnView(turn, conversation.turns.length, actions());
   views.push(view);
   byId('turns').append(view.element);
   byId('empty').hidden = true;
@@ -125,13 +130,28 @@ async function answer(view, cards) {
   await Promise.all(cards.map(card => card.run(running.signal)));
   running = null;
   view.end();
+  views.forEach((other, i) => other.last(i === views.length - 1));
   setBusy(false);
+  if (view.element.offsetHeight < innerHeight - byId('composer').offsetHeight) view.foot.scrollIntoView({ block: 'nearest' });
   const failed = cards.map(card => card.answer.failure).find(failure => failure?.kind === 'unauthorized');
   if (failed) fail(failed);
 }
 
 function retry(view, card) {
   if (!running) answer(view, [card]);
+}
+
+// Removes the last turn; its prompt may be changed and sent again.
+function takeBack(view) {
+  conversation.turns.pop();
+  views.pop();
+  view.element.remove();
+  views.at(-1)?.last(true);
+  byId('empty').hidden = views.length > 0;
+  byId('new').hidden = !views.length;
+  byId('prompt').value ||= view.turn.prompt;
+  byId('prompt').focus();
+  say('The last turn was taken back.');
 }
 
 function setBusy(busy) {
@@ -175,6 +195,7 @@ function fail(failure) {
 }
 
 function openToken(why) {
+  byId('token-open').hidden = false;
   byId('token-refused').textContent = why;
   byId('token-refused').hidden = !why;
   byId('token').value = '';

@@ -9,16 +9,24 @@ const ENDS = { stop: 'ended by itself', length: 'cut: as many new tokens as allo
 
 let cards = 0; // made so far
 
-// `actions`: keepsVotes, retry(view, card), curl(answer), back(), fail(failure).
+// How a turn was asked, in a few words.
+function how({ sampling, messages }) {
+  const { temperature, top_p, max_tokens, seed } = sampling;
+  const drawn = temperature === 0 ? 'likeliest tokens' : `temperature ${temperature}, top p ${top_p}, seed ${seed}`;
+  return `${drawn}, up to ${number(max_tokens)} new${messages[0].role === 'system' ? ', with a system prompt' : ''}`;
+}
+
+// `actions`: keepsVotes, retry(view, card), takeBack(view), curl(answer), back(), fail(failure).
 export class TurnView {
   constructor(turn, place, actions) {
     Object.assign(this, { turn, actions, ended: false });
     this.cards = turn.answers.map((answer, column) => new Card(this, answer, column));
     this.foot = make('div');
+    this.undo = button('Take back', () => actions.takeBack(this), { hidden: true, title: 'Removes this turn, and puts its prompt back to be changed' });
     this.adopted = make('p', { class: 'soft', hidden: true });
     this.element = make('article', { class: 'turn', 'aria-label': `Turn ${place}` },
       make('h3', { class: 'unseen' }, `Turn ${place}`),
-      make('div', { class: 'asked' }, make('h4', {}, 'You'), make('p', { class: 'text' }, turn.prompt)),
+      make('div', { class: 'asked' }, make('h4', {}, 'You'), make('p', { class: 'text' }, turn.prompt), make('p', { class: 'soft facts' }, how(turn.answers[0])), make('div', { class: 'line small' }, this.undo)),
       make('div', { class: 'columns' }, ...this.cards.map(card => card.element)),
       this.adopted, this.foot);
   }
@@ -30,10 +38,16 @@ export class TurnView {
     if (this.actions.keepsVotes) this.foot.replaceChildren(voteBar(this.turn, { onFailure: this.actions.fail, back: this.actions.back }));
   }
 
+  // Only the last turn can be taken back.
+  last(isLast) {
+    this.undo.hidden = !isLast || !this.ended;
+  }
+
   // An answer is tried again: what was said about all of them holds no more.
   begin() {
     this.ended = false;
     this.foot.replaceChildren();
+    this.undo.hidden = true;
     this.cards.forEach(card => card.plain());
   }
 
@@ -43,7 +57,10 @@ export class TurnView {
     const wanted = this.ended && byId('marks').checked && whole.length > 1;
     this.cards.forEach(card => card.plain());
     if (!wanted) return;
-    compare(whole.map(card => card.answer.text)).forEach((runs, i) => whole[i].show(runs, i ? whole[0].column + 1 : null));
+    compare(whole.map(card => card.answer.text)).forEach((runs, i) => {
+      const twin = whole.find(card => card !== whole[i] && card.answer.text === whole[i].answer.text);
+      whole[i].show(runs, twin);
+    });
   }
 
   adopt(column) {
@@ -52,6 +69,12 @@ export class TurnView {
     this.adopted.hidden = this.turn.adopted === null;
     this.adopted.textContent = this.turn.adopted === null ? '' : `From here all columns go on with answer ${this.turn.adopted + 1}.`;
   }
+}
+
+// A marked run, the white space before it left out of the mark.
+function marked(text) {
+  const start = text.length - text.trimStart().length;
+  return [text.slice(0, start), make('mark', {}, text.slice(start))];
 }
 
 class Card {
@@ -67,7 +90,7 @@ class Card {
     this.tokens = button('Prompt as tokens', () => this.toggleTokens(), { 'aria-expanded': 'false', 'aria-controls': this.under.id });
     this.again = button('Try again', () => actions.retry(view, this));
     this.actions = make('div', { class: 'line small' }, this.again, this.tokens, button('As curl', () => actions.curl(answer)), this.adoption);
-    this.element = make('section', { class: `card c${column + 1}`, 'aria-label': `Answer ${column + 1}, ${answer.model}`, 'data-state': 'waiting' },
+    this.element = make('div', { role: 'group', class: `card c${column + 1}`, 'aria-label': `Answer ${column + 1}, ${answer.model}`, 'data-state': 'waiting' },
       make('h4', {}, make('span', { class: 'badge' }, `${column + 1}`), ' ', answer.model),
       this.text, this.problem, this.facts, this.difference, this.actions);
     this.element.append(this.under);
@@ -112,7 +135,7 @@ class Card {
     const facts = [];
     if (state === 'stopped') facts.push('stopped');
     if (state === 'done' && finish) facts.push(ENDS[finish] ?? finish);
-    if (usage) facts.push(`${plural(usage.completion_tokens, 'token')} after ${number(usage.prompt_tokens)} of prompt`);
+    if (usage) facts.push(`${plural(usage.completion_tokens, 'token')} (prompt ${number(usage.prompt_tokens)})`);
     if (firstMs) facts.push(`first after ${number(firstMs)} ms`);
     if (tokensPerSecond) facts.push(`${number(tokensPerSecond, 1)} tokens/s`);
     return facts.join(' · ');
@@ -129,13 +152,13 @@ class Card {
     this.difference.hidden = true;
   }
 
-  // The answer with marks; `against`: number of the column it is held against, null for that column itself.
-  show(runs, against) {
-    this.text.replaceChildren(...runs.map(run => (run.same ? run.text : make('mark', {}, run.text))));
+  // The answer with marks; `twin` is a card with the same answer.
+  show(runs, twin) {
+    this.text.replaceChildren(...runs.flatMap(({ same, text }) => (same ? [text] : marked(text))));
     const count = same => runs.filter(run => run.same === same).reduce((sum, run) => sum + run.words, 0);
-    const other = count(false), all = other + count(true);
-    this.difference.hidden = against === null;
-    this.difference.textContent = other === 0 ? `all of its words stand in ${against} too` : `${number(other)} of ${plural(all, 'word')} not as in ${against}`;
+    const own = count(false), all = own + count(true);
+    this.difference.hidden = false;
+    this.difference.textContent = twin ? `the same answer as ${twin.column + 1}` : `${own ? number(own) : 'none'} of ${plural(all, 'word')} ${own === 1 ? 'stands' : 'stand'} only here`;
   }
 
   async toggleTokens() {

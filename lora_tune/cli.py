@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("lora_tune.eval", "Base against adapter on the same rows, with intervals."),
     "generate": ("lora_tune.generate", "Answer a file of prompts, in batches."),
     "chat": ("lora_tune.chat", "Talk to adapters and their base."),
+    "serve": ("lora_tune.serve", "Serve adapters over one base, with OpenAI's API and a page."),
     "adapters": ("lora_tune.adapters", "Look at adapter folders and verify them."),
     "merge": ("lora_tune.merge", "Fold an adapter into its base and prove it."),
     "export": ("lora_tune.export", "Write an adapter in the layout of another engine."),

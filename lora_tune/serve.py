@@ -1,0 +1,202 @@
+"""`lora-tune serve --adapter NAME=FOLDER …`: an OpenAI-compatible server, many adapters over one base.
+
+1. who may ask, 2. the adapters, and the base that they share, verified before a weight is read, 3. the address, taken
+before the base is loaded, 4. the engine, 5. the server, until a signal: running answers end, the queue gets 503.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_tune.errors import Interrupted, Problem, UsageError
+from lora_tune.interrupts import handled_by, signal_name
+from lora_tune.serving.adapter_names import named_folders
+from lora_tune.serving.settings import TOKEN_VARIABLE, Caps, ServeSettings, is_loopback
+from lora_tune.terminal import activity, messages, print_json, print_problems, results, run_app
+
+if TYPE_CHECKING:
+    import socket
+
+    from lora_tune.recipe import Base
+    from lora_tune.serving.backend import Backend
+
+app = typer.Typer(help="Serve adapters over one base, with OpenAI's API.", add_completion=False)
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_TOKEN_LENGTH = 16
+_CAPS = Caps()
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the server listens, before the port is known where it is 0."""
+
+    host: str
+    port: int
+
+
+def serve(
+    base: Base,
+    adapters: dict[str, Path],
+    *,
+    address: Address,
+    settings: ServeSettings,
+    limits: dict[str, int | None],
+    shown: dict[str, Any],
+    trust_remote_code: str | None = None,
+) -> int:
+    """Serve until a signal comes; returns its number. `shown` says how the start is printed (`json`).
+
+    Raises: UsageError where the address cannot be had, and what starting the engine raises.
+    """
+    from lora_tune.serving.http_server import bound_socket
+
+    listening = bound_socket(address.host, address.port)
+    try:
+        with activity(f"loading {Path(base.name).name} ({base.quantize})"):
+            from lora_tune.serving.engine import Limits
+            from lora_tune.serving.local import LocalBackend
+
+            given = {name: value for name, value in limits.items() if value is not None}
+            backend = LocalBackend.start(
+                base, adapters=adapters, limits=Limits(**given), trust_remote_code=trust_remote_code
+            )
+        _announce(backend, listening, settings, shown=shown)
+        return asyncio.run(_serve(backend, listening, settings))
+    finally:
+        listening.close()
+
+
+async def _serve(backend: Backend, listening: socket.socket, settings: ServeSettings) -> int:
+    """Answer requests until a signal; returns its number."""
+    from lora_tune.serving.api import build_app
+    from lora_tune.serving.guard import Gate
+    from lora_tune.serving.http_server import Server
+
+    gate, loop, caught = Gate(), asyncio.get_running_loop(), list[int]()
+    server = Server(build_app(backend, settings, gate=gate), backend, gate=gate, caps=settings.caps)
+
+    def stop(number: int, frame: Any) -> None:
+        caught.append(number)
+        loop.call_soon_threadsafe(server.drain)
+
+    with activity("serving", display="own"), handled_by(stop):
+        await server.serve(sockets=[listening])
+    return caught[0] if caught else 0
+
+
+def _announce(backend: Backend, listening: socket.socket, settings: ServeSettings, *, shown: dict[str, Any]) -> None:
+    """Where the server is, what it serves, and two calls to copy. Flushed: whoever waits for the address reads it."""
+    host, port = listening.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    models = [model.name for model in backend.models()]
+    if shown["json"]:
+        print_json({"url": url, "models": models, "token": "needed" if settings.token else "none"})
+        sys.stdout.flush()
+        return
+    token = f"${TOKEN_VARIABLE}" if settings.token else ""
+    header = f' -H "Authorization: Bearer {token}"' if token else ""
+    body = f'{{"model": "{models[-1]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    key = f'os.environ["{TOKEN_VARIABLE}"]' if token else '"none"'
+    lines = [
+        f"serving {', '.join(models)} at {url} (the page: {url}/)",
+        f"curl {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'",
+        f"python -c '{'import os; ' if token else ''}from openai import OpenAI; "
+        f'print(OpenAI(base_url="{url}/v1", api_key={key}).chat.completions.create(model="{models[-1]}", '
+        'messages=[{"role": "user", "content": "Hello"}]).choices[0].message.content)\'',
+    ]
+    results().print("\n".join(lines))
+    sys.stdout.flush()
+
+
+def _token(given: str | None, host: str) -> str | None:
+    """The token of the command line or the environment. Raises: UsageError where one is needed, or it is too short."""
+    token = given if given is not None else os.environ.get(TOKEN_VARIABLE) or None
+    if token is None and not is_loopback(host):
+        reason = f"--host: other machines could ask this server, got {host!r}"
+        raise UsageError(reason, f"set {TOKEN_VARIABLE} to a token, or serve on 127.0.0.1")
+    if token is not None and (len(token) < _TOKEN_LENGTH or not token.isascii() or not token.isprintable()):
+        reason = f"the token needs at least {_TOKEN_LENGTH} printable ASCII characters, got {len(token)} characters"
+        raise UsageError(reason, "make one with: openssl rand -hex 16")
+    return token
+
+
+def _need_extra() -> None:
+    """Raises: UsageError where a library that only this command needs is not installed."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"serve needs {', '.join(missing)}", "pip install 'lora_tune[serve]'")
+
+
+def _folder(path: Path | None, option: str) -> Path | None:
+    if path is not None and not path.is_dir():
+        raise UsageError(Problem(f"{option}: no such folder", "name a folder of adapters", str(path)))
+    return path
+
+
+@app.command("serve")
+def command(
+    base: Annotated[str | None, typer.Option("--base", help="The base; by default the one of the adapters.")] = None,
+    adapter: Annotated[list[str] | None, typer.Option("--adapter", help="NAME=FOLDER, or a folder; several.")] = None,
+    adapters: Annotated[Path | None, typer.Option("--adapters", help="A folder of adapter folders.")] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; another than this machine needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one, which is printed.")] = 8000,
+    token: Annotated[str | None, typer.Option(help=f"Who asks must know it; better in {TOKEN_VARIABLE}.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Hold the base in nf4, fp4, int8 or none instead of as in training.")
+    ] = None,
+    allow_loading: Annotated[
+        Path | None, typer.Option("--allow-loading", help="Load adapters below this folder when a request says so.")
+    ] = None,
+    votes: Annotated[Path | None, typer.Option(help="Where the page's votes go (JSON lines).")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Of requests that do not say theirs.")] = 0.0,
+    max_running: Annotated[int | None, typer.Option(min=1, help="Most answers made together.")] = None,
+    max_queue: Annotated[int | None, typer.Option(min=0, help="Most requests that wait; more get 429.")] = None,
+    max_context: Annotated[int | None, typer.Option(min=2, help="Most tokens of prompt and answer together.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = _CAPS.max_tokens,
+    max_answers: Annotated[int, typer.Option(min=1, max=64, help="Most answers to one prompt (n).")] = _CAPS.answers,
+    max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = _CAPS.body_bytes,
+    max_seconds: Annotated[float, typer.Option(min=1, help="Most seconds of a whole answer.")] = _CAPS.request_s,
+    max_connections: Annotated[int, typer.Option(min=1, help="Most connections at once.")] = _CAPS.connections,
+    trust_remote_code: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Run the code that comes with this base; name its repository.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when it serves.")] = False,
+) -> None:
+    """Serve adapters over one base, with OpenAI's API and a page to compare them. Ctrl-C or TERM end it in peace."""
+    _need_extra()
+    caps = Caps(
+        body_bytes=max_body, request_s=max_seconds, connections=max_connections, answers=max_answers,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+    loading = _folder(allow_loading, "--allow-loading")
+    settings = ServeSettings(_token(token, host), loading, votes, temperature, caps)
+    folders = named_folders([*(adapter or []), *([str(_folder(adapters, "--adapters"))] if adapters else [])])
+    with activity("verifying the adapters"):
+        from lora_tune.serving.served_base import served_base
+
+        section, notes = served_base(folders, name=base, quantize=quantize, trust_remote_code=trust_remote_code)
+    print_problems([] if as_json else notes)
+    number = serve(
+        section,
+        folders,
+        address=Address(host, port),
+        settings=settings,
+        limits={"rows": max_running, "queue": max_queue, "context": max_context},
+        shown={"json": as_json},
+        trust_remote_code=trust_remote_code,
+    )
+    messages().print("the server has stopped")
+    if number:
+        raise Interrupted(number, f"stopped by {signal_name(number)}: running answers have ended")
+
+
+if __name__ == "__main__":
+    sys.exit(run_app(app, name="python -m lora_tune.serve"))

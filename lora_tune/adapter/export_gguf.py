@@ -1,4 +1,4 @@
-"""An adapter as llama.cpp's GGUF adapter, or folded into its base as one GGUF file.
+"""An adapter as llama.cpp's GGUF adapter.
 
 llama.cpp takes alpha over the rank of each tensor for its scale. So the canonical form is written, in which that is 1
 and the true scale of every module stands in its B. The rows of B change places where those of the base's weight do.
@@ -15,23 +15,19 @@ import numpy as np
 
 from lora_tune.adapter.canonical import canonical
 from lora_tune.adapter.expected_keys import PREFIX
-from lora_tune.adapter.folding import folds_of
 from lora_tune.adapter.load import read_adapter
 from lora_tune.errors import CheckFailed, Problem
-from lora_tune.model.export_gguf import GgufBase, GgufDtype, gguf_names, write_gguf_base
-from lora_tune.model.fidelity import change_for
+from lora_tune.model.export_gguf import gguf_names
 from lora_tune.model.gguf_architecture import Rearrange, Shape, row_order, shape_of
 from lora_tune.model.gguf_file import Kind, Tensor, Value, f32, write_gguf
 from lora_tune.model.methods import SavedAdapter
 from lora_tune.model.source import BaseSource
-from lora_tune.model.streaming import quantized_names, sketch, stored_names
+from lora_tune.model.streaming import sketch, stored_names
 
 if TYPE_CHECKING:
     import torch
 
     from lora_tune.adapter.export_job import Dtype
-    from lora_tune.data.chat_template import ChatTemplate
-    from lora_tune.recipe import Base
 
 _KINDS: dict[str, Kind] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PART = re.compile(re.escape(PREFIX) + r"(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<part>A\.weight|B\.weight|embedding_[AB])")
@@ -60,26 +56,6 @@ def write_gguf_adapter(folder: Path, output: Path, *, source: BaseSource, dtype:
         "bytes": size,
         "largest_relative_error": form.error,
     }
-
-
-def write_gguf_merged(
-    folder: Path, output: Path, *, source: BaseSource, base: Base, chat: ChatTemplate, dtype: GgufDtype = "stored"
-) -> GgufBase:
-    """Write base and adapter as one GGUF file; the adapter is folded into the weights that it was trained on.
-
-    Those are the base's as stored, or what their 4 or 8 bit stand for where `base` was quantized in training:
-    `lora-tune merge` measures both.
-
-    Raises: as `write_gguf_adapter`.
-    """
-    model = sketch(source)
-    if stored_names(model, source) is None:
-        reason = f"not supported in a GGUF file: the weights of {source.name!r} are stored in another arrangement"
-        raise CheckFailed(Problem(reason, "merge it: lora-tune merge, and export the merged model"))
-    is_quantized = base.quantize != "none"
-    quantized = quantized_names(model) if is_quantized else frozenset()
-    change = change_for("dequantized" if is_quantized else "stored", folds_of(read_adapter(folder)), base, quantized)
-    return write_gguf_base(source, output, chat=chat, dtype=dtype, change=change)
 
 
 def _tied(source: BaseSource) -> bool:

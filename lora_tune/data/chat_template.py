@@ -125,6 +125,13 @@ class ChatTemplate:
         finally:
             self._encoder.forget()
 
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The text of `prompt_ids`, for words without control tokens. Raises: CheckFailed as `prompt_ids`."""
+        try:
+            return self._drafter.render(self._drafter.inputs(Conversation(messages=tuple(messages))), then="prompt")
+        except CannotRender as error:
+            raise CheckFailed(f"chat template: {error}", "change the conversation") from None
+
     def decode_answer(self, ids: Iterable[int]) -> str:
         """The text of a generated answer, without end token, special tokens and what the template puts around it."""
         kept: list[int] = []

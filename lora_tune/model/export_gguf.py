@@ -1,4 +1,4 @@
-"""A base as one GGUF file, with an adapter folded in or not: read, rearranged and written tensor by tensor."""
+"""A base, or a merged model, as one GGUF file: read, rearranged and written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from lora_tune.errors import CheckFailed, Problem
+from lora_tune.errors import CheckFailed, Problem, UsageError
+from lora_tune.model.base import compute_dtype
 from lora_tune.model.gguf_architecture import (
     Rearrange,
     Shape,
@@ -23,10 +24,13 @@ from lora_tune.model.gguf_architecture import (
 from lora_tune.model.gguf_file import FILE_TYPES, Kind, Tensor, Value, stored_kind, tensor_names, u32, write_gguf
 from lora_tune.model.gguf_tokenizer import GgufTokenizer, gguf_tokenizer
 from lora_tune.model.source import BaseSource
-from lora_tune.model.streaming import Change, sketch, stored_names
+from lora_tune.model.streaming import Change, as_held, quantized_names, sketch, stored_names
 from lora_tune.model.weights import TensorInfo, tensor_infos
+from lora_tune.recipe import Base
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lora_tune.data.chat_template import ChatTemplate
 
 GgufDtype = Literal["stored", "float32", "float16", "bfloat16", "q8_0"]
@@ -50,12 +54,19 @@ class GgufBase:
 
 
 def write_gguf_base(
-    source: BaseSource, output: Path, *, chat: ChatTemplate, dtype: GgufDtype = "stored", change: Change | None = None
+    source: BaseSource,
+    output: Path,
+    *,
+    chat: ChatTemplate,
+    dtype: GgufDtype = "stored",
+    held: Base | None = None,
+    name: str = "",
 ) -> GgufBase:
     """Write a base as a GGUF file of `dtype`; at most one of its tensors is in memory.
 
-    `chat` gives tokenizer, template and stop tokens (of the base, or of the adapter that will run on it). `change` is
-    what is made of every weight on the way: an adapter folded in, or 4 bit and back as in training.
+    `chat` gives tokenizer, template and stop tokens (of the base, or of the adapter that will run on it); `held`
+    says how training held it: weights that it had in 4 or 8 bit are written as what those stand for. `name` is what the
+    file calls itself, by default as the base.
 
     Raises:
         CheckFailed: llama.cpp would compute something else (architecture, rotation, tokenizer), named in one line.
@@ -69,11 +80,13 @@ def write_gguf_base(
     shape = shape_of(model.config)
     tokenizer = gguf_tokenizer(chat, rows=int(model.get_input_embeddings().weight.shape[0]))
     infos = tensor_infos(source.folder)
+    if not infos:
+        raise UsageError(f"base {source.name!r}: its weights are not here", "load it once, or give its folder")
     kind = _kind(dtype, infos, names)
-    tensors = _tensors(shape, names, infos, kind=kind, change=change)
+    tensors = _tensors(shape, names, infos, kind=kind, change=_change(model, held))
     metadata: dict[str, Value] = {
         "general.type": "model",
-        "general.name": source.name.rpartition("/")[2].removeprefix("builtin:"),
+        "general.name": name or source.name.rpartition("/")[2].removeprefix("builtin:"),
         "general.file_type": u32(FILE_TYPES[kind]),
         "general.quantization_version": u32(2),
         **metadata_of(shape),
@@ -129,6 +142,13 @@ def _tensors(
 
 def _first(names: Mapping[str, str], stored: str) -> str:
     return next(name for name, one in names.items() if one == stored)
+
+
+def _change(model: PreTrainedModel, held: Base | None) -> Change | None:
+    """4 or 8 bit and back, for a base that training held so."""
+    if held is None or held.quantize == "none":
+        return None
+    return as_held(held, quantized_names(model), dtype=compute_dtype(held))
 
 
 def _reader(

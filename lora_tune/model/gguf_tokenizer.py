@@ -26,6 +26,7 @@ _LLAMA3 = rf"{_SHORT}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"
 _SPACE = "▁"
 _REFUSED_FIX = "export it for an engine that reads tokenizer.json, such as vLLM"
 Cut = Literal["gpt-2", "qwen2", "llama-bpe", "dbrx", "smollm"]
+Odd = Literal["not NFC", "space after control token"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,13 @@ class GgufTokenizer:
     """A tokenizer as llama.cpp reads it.
 
     `metadata` are its keys; `adds_bos`: llama.cpp puts bos before a text of its own accord; `stop_ids` are where
-    llama.cpp stops by these keys alone; `notes` are texts of people that would be cut otherwise, for the user to know.
+    llama.cpp stops by these keys alone; `cut_otherwise`: texts that llama.cpp cuts in another way, in words.
     """
 
     metadata: Mapping[str, Value]
     adds_bos: bool
     stop_ids: tuple[int, ...]
-    notes: tuple[str, ...]
+    cut_otherwise: Mapping[Odd, str]
 
 
 def gguf_tokenizer(chat: ChatTemplate, *, rows: int) -> GgufTokenizer:
@@ -57,7 +58,7 @@ def gguf_tokenizer(chat: ChatTemplate, *, rows: int) -> GgufTokenizer:
     added = {int(entry["id"]): entry for entry in content["added_tokens"]}
     _check_added(added, chat.text)
     is_sentencepiece = bool(content["model"].get("byte_fallback"))
-    specific, notes = _sentencepiece(content) if is_sentencepiece else _byte_level(content)
+    specific, odd = _sentencepiece(content, chat) if is_sentencepiece else _byte_level(content)
     tokens, types = _tokens(content, added, rows=rows, spaces=_SPACE if is_sentencepiece else "")
     adds_bos = _adds_bos(chat)
     keys: dict[str, Value] = {
@@ -77,7 +78,7 @@ def gguf_tokenizer(chat: ChatTemplate, *, rows: int) -> GgufTokenizer:
     if len(stops) > 1:
         keys["eot_token_id"] = u32(stops[1])
     metadata: dict[str, Value] = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-    return GgufTokenizer({**metadata, "tokenizer.chat_template": chat.text}, adds_bos, stops, tuple(notes))
+    return GgufTokenizer({**metadata, "tokenizer.chat_template": chat.text}, adds_bos, stops, odd)
 
 
 def _adds_bos(chat: ChatTemplate) -> bool:
@@ -92,13 +93,13 @@ def _adds_bos(chat: ChatTemplate) -> bool:
     return starts_with_bos(chat.tokenizer) and prompt[:1] == [chat.tokenizer.bos_token_id]
 
 
-def _byte_level(content: Mapping[str, Any]) -> tuple[dict[str, Value], list[str]]:
+def _byte_level(content: Mapping[str, Any]) -> tuple[dict[str, Value], dict[Odd, str]]:
     """Keys of a byte-level BPE tokenizer, and what about it llama.cpp leaves out."""
-    notes = []
+    odd: dict[Odd, str] = {}
     normalizer = content.get("normalizer")
     kinds = [step["type"] for step in _steps(normalizer, "normalizers")]
     if kinds == ["NFC"]:
-        notes.append("text that is not in Unicode's form NFC is cut otherwise: llama.cpp does not normalise it")
+        odd["not NFC"] = "text that is not in Unicode's form NFC is cut otherwise: llama.cpp does not normalise it"
     elif kinds:
         raise _refused(f"the normalizer {' + '.join(kinds)}")
     name = _cut(content)
@@ -106,7 +107,7 @@ def _byte_level(content: Mapping[str, Any]) -> tuple[dict[str, Value], list[str]
     pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     if any(pair.count(" ") != 1 for pair in pairs):
         raise _refused("merges with spaces in them")
-    return {"model": "gpt2", "pre": name, "merges": pairs or ["Ġ Ġ"]}, notes
+    return {"model": "gpt2", "pre": name, "merges": pairs or ["Ġ Ġ"]}, odd
 
 
 def _cut(content: Mapping[str, Any]) -> Cut:
@@ -134,8 +135,11 @@ def _cut(content: Mapping[str, Any]) -> Cut:
     raise _refused(f"the pre-tokenizer {_named(steps)}" + (" with ignore_merges" if whole else ""))
 
 
-def _sentencepiece(content: Mapping[str, Any]) -> tuple[dict[str, Value], list[str]]:
-    """Keys of a tokenizer that was SentencePiece's: spaces as ▁, bytes for what has no piece."""
+def _sentencepiece(content: Mapping[str, Any], chat: ChatTemplate) -> tuple[dict[str, Value], dict[Odd, str]]:
+    """Keys of a tokenizer that was SentencePiece's: spaces as ▁, bytes for what has no piece.
+
+    llama.cpp puts a space before a text and after every control token, or nowhere.
+    """
     normalizers = _steps(content.get("normalizer"), "normalizers")
     steps = _steps(content.get("pre_tokenizer"), "pretokenizers")
     to_space = [step for step in normalizers if step["type"] == "Replace"]
@@ -143,17 +147,28 @@ def _sentencepiece(content: Mapping[str, Any]) -> tuple[dict[str, Value], list[s
     known = len(normalizers) == len(to_space) + len(prepends) and len(to_space) <= 1 and len(prepends) <= 1
     known &= all(step["pattern"] == {"String": " "} and step["content"] == _SPACE for step in to_space)
     known &= all(step["prepend"] == _SPACE for step in prepends)
+    odd: dict[Odd, str] = {}
     prefix = bool(prepends)
-    metaspaces = [step for step in steps if step["type"] == "Metaspace"]
-    if metaspaces and not normalizers and len(steps) == 1 and not metaspaces[0].get("split", True):
-        scheme = metaspaces[0].get("prepend_scheme", "always")
-        prefix, known = scheme == "always", metaspaces[0]["replacement"] == _SPACE
+    if [step["type"] for step in steps] == ["Metaspace"] and not normalizers and not steps[0].get("split", True):
+        scheme = steps[0].get("prepend_scheme", "always")
+        prefix, known = scheme == "always", steps[0]["replacement"] == _SPACE
+        if scheme == "always":
+            odd["space after control token"] = "a space right after a control token is doubled by llama.cpp"
+        if scheme == "first" and not _starts_with_control_token(chat):
+            raise _refused("a tokenizer that puts a space before the first word alone, where a chat begins with words")
     else:
         splits = all(step["type"] == "Split" and step["pattern"] == {"String": " "} for step in steps)
         known &= len(to_space) == 1 and splits  # no space is left when the text is split at spaces
     if not known:
         raise _refused(f"the normalizer {_named(normalizers)} with the pre-tokenizer {_named(steps)}")
-    return {"model": "llama", "pre": "default", "add_space_prefix": prefix}, []
+    return {"model": "llama", "pre": "default", "add_space_prefix": prefix}, odd
+
+
+def _starts_with_control_token(chat: ChatTemplate) -> bool:
+    from lora_tune.data.conversation import Message
+
+    first = chat.prompt_ids([Message("user", "a")])[0]
+    return first in chat.tokenizer.added_tokens_decoder
 
 
 def _tokens(

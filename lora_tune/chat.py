@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,15 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Talk to adapters and their base.", add_completion=False)
 _INTERRUPTED = 130
 _LINE_BYTES = 1 << 20  # of a piped line
+
+
+class Quantize(StrEnum):
+    """How the base is held."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+    none = "none"
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ def chat(backend: Backend, session: Session, *, place: Place, runner: asyncio.Ru
 def _remark(text: str, place: Place) -> None:
     """A line about the chat itself: beside the answers where it is typed, on stderr where answers go into a pipe."""
     if text and not place.as_json:
-        (results() if place.typed else messages()).print(printable(text), style="dim")
+        (results() if place.typed else messages()).print(printable(text), style="dim", soft_wrap=not place.typed)
 
 
 def _answer(answers: Answers, session: Session, place: Place) -> None:
@@ -129,7 +139,7 @@ def _show_tokens(backend: Backend, session: Session, text: str | None) -> None:
         ids = template.prompt_ids(session.messages(model, last=text))
         context = next(one.context for one in backend.models() if one.name == model)
         results().print(f"{model}: {len(ids):,} tokens of {context:,}", style="bold")
-        results().print(tokens_text(template, ids))
+        results().print(tokens_text(template, ids), soft_wrap=False)
 
 
 def _piped() -> Iterator[str]:
@@ -164,38 +174,6 @@ def _typed(session: Session, read: Callable[[str], str]) -> Iterator[str | None]
         yield line
 
 
-def _base_for(adapters: Mapping[str, Path], *, name: str | None, quantize: str | None, trusted: str | None) -> Base:
-    """The base as the first adapter was trained on it, or `name` held as `quantize` says.
-
-    Raises: UsageError without both, CheckFailed where an adapter is refused.
-    """
-    from lora_tune.adapter.at_hand import base_at_hand
-    from lora_tune.adapter.folder import MANIFEST
-    from lora_tune.recipe import Base
-
-    first = next((folder for folder in adapters.values() if (folder / MANIFEST).exists()), None)
-    if first is not None:
-        _, base = base_at_hand(first, name=name, trust_remote_code=trusted)
-        return base.model_copy(update={"quantize": quantize}) if quantize else base
-    if name is None:
-        what = "an adapter folder of another tool does not say which base it needs" if adapters else "nobody to talk to"
-        raise UsageError(what, "name its base with --base" if adapters else "name an adapter folder, or --base")
-    return Base.model_validate({"name": name, "quantize": quantize or "none"})
-
-
-def _other_bases(adapters: Mapping[str, Path], base: Base) -> list[Problem]:
-    """A note for each adapter whose base was held in another way in training."""
-    from lora_tune.adapter.folder import MANIFEST, read_manifest
-
-    found = []
-    for name, folder in adapters.items():
-        trained = read_manifest(folder).base.quantize if (folder / MANIFEST).exists() else base.quantize
-        if trained != base.quantize:
-            reason = f"{name} was trained on a base held in {trained}, and this one is held in {base.quantize}"
-            found.append(Problem(reason, "", str(folder), severity="note"))
-    return found
-
-
 def _welcome(backend: Backend, session: Session, base: Base) -> None:
     lines = [f"{session.base} ({base.quantize}, {base.compute_dtype})"]
     for one in backend.models()[1:]:
@@ -212,9 +190,7 @@ def command(
         list[str] | None, typer.Argument(help="Adapter folders, folders of them, or NAME=FOLDER; all over one base.")
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Where the base is, for a local folder.")] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="Hold the base in nf4, fp4, int8 or none instead of as in training.")
-    ] = None,
+    quantize: Annotated[Quantize | None, typer.Option(help="Hold the base so, instead of as in training.")] = None,
     system: Annotated[str, typer.Option(help="The system message.")] = "",
     both: Annotated[bool, typer.Option("--both", help="Begin with base and adapter side by side.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Cut an answer off after so many tokens.")] = 512,
@@ -237,8 +213,12 @@ def command(
     given = tuple(f"{name}={value}" for name, value in {**settings, "seed": seed}.items())
     sampling = replace(changed(Sampling(max_new_tokens), given, where="the command line"), stop=tuple(stop or ()))
     place = _place(as_json)
-    section = _base_for(folders, name=base, quantize=quantize, trusted=trust_remote_code)
-    print_problems([] if as_json else _other_bases(folders, section))
+    held = quantize.value if quantize else None
+    with activity("verifying the adapters"):
+        from lora_tune.serving.served_base import served_base
+
+        section, notes = served_base(folders, name=base, quantize=held, trust_remote_code=trust_remote_code)
+    print_problems([] if as_json else notes)
     with activity(f"loading {Path(section.name).name} ({section.quantize})"):
         from lora_tune.serving.local import LocalBackend
 

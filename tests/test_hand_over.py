@@ -148,7 +148,7 @@ def test_the_verb_exits_with_1_where_an_engine_runs_it_wrong(
     assert main(["adapters", "verify", str(folders["rslora"]), "--quick", "--for", "vllm", "--json"]) == 0
     assert main(["adapters", "verify", str(folders["rslora"]), "--quick", "--for", "vllm,ollama"]) == 1
     shown = capsys.readouterr().out
-    assert "☠ Ollama" in shown and "lora-tune export --to canonical" in shown
+    assert "☠ Ollama" in shown and "lora-tune export --to gguf, or --to ollama" in shown
 
 
 # ----- inspect -----

@@ -46,6 +46,7 @@ ADDRESSES = {
     "bitsandbytes": {"lora_tune.model.base"},
     "peft": {"lora_tune.model.methods", "lora_tune.model.merging", "lora_tune.adapter.load", "lora_tune.adapter.mixture"},
     "datasets": {"lora_tune.data.sources"},
+    "gguf": {"lora_tune.model.gguf_file"},
     "llguidance": {"lora_tune.serving.grammar"},
     "optuna": {"lora_tune.training.sweep_study"},
     "uvicorn": {"lora_tune.serving.http_server"},

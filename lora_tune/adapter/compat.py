@@ -34,6 +34,7 @@ _OLLAMA_ARCHITECTURES = ("llama", "gemma2")
 _EMBEDDINGS_AND_HEADS = ("embed_tokens", "wte", "lm_head", "embed_out", "word_embeddings")
 _CANONICAL = "lora-tune export --to canonical"
 _MERGE = "lora-tune merge"
+_GGUF = "lora-tune export --to gguf, or --to ollama"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,7 @@ def _every(answer: Answer, *, but: Mapping[Engine, Answer] | None = None) -> dic
 
 
 _ALPHA_OVER_R = Answer("wrong", "takes alpha / r for the scale of every module", _CANONICAL)
+_CONVERTED = Answer("wrong", "its converter takes alpha / r for the scale of every module", _GGUF)
 _IGNORED = Answer("wrong", "leaves these tensors out without a word", _MERGE)
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -164,8 +166,8 @@ RULES: tuple[Rule, ...] = (
         lambda traits: traits.rslora,
         {
             "sglang": _ALPHA_OVER_R,
-            "llama.cpp": _ALPHA_OVER_R,
-            "ollama": _ALPHA_OVER_R,
+            "llama.cpp": _CONVERTED,
+            "ollama": _CONVERTED,
             "mlx": Answer("care", "holds one scale for all modules", "let the export write alpha / sqrt(r)"),
         },
     ),
@@ -173,7 +175,8 @@ RULES: tuple[Rule, ...] = (
         "`alpha_pattern`",
         lambda traits: traits.several_scales,
         {
-            **dict.fromkeys(("sglang", "llama.cpp", "ollama", "lorax"), _ALPHA_OVER_R),
+            **dict.fromkeys(("sglang", "lorax"), _ALPHA_OVER_R),
+            **dict.fromkeys(("llama.cpp", "ollama"), _CONVERTED),
             "mlx": Answer("care", "holds one scale for all modules", _CANONICAL),
         },
     ),
@@ -241,7 +244,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "fractional `lora_alpha`",
         lambda traits: traits.fractional_alpha,
-        {"ollama": Answer("refused", "reads alpha as a whole number", _CANONICAL)},
+        {"ollama": Answer("refused", "reads alpha as a whole number", _GGUF)},
     ),
     Rule(
         "a base trained in 4 or 8 bit",
@@ -266,7 +269,7 @@ RULES: tuple[Rule, ...] = (
             "llama.cpp": Answer(
                 "wrong", "renders by the base's template", "--chat-template-file <folder>/chat_template.jinja"
             ),
-            "ollama": Answer("wrong", "renders by the template of its Modelfile", "a TEMPLATE line, or merge"),
+            "ollama": Answer("wrong", "renders by the template of its Modelfile", "lora-tune export --to ollama"),
             "mlx": Answer(
                 "care", "renders by the tokenizer that it is given", "give it the adapter's tokenizer folder"
             ),
@@ -275,7 +278,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "another architecture than llama or gemma2",
         lambda traits: traits.architecture is not None and traits.architecture not in _OLLAMA_ARCHITECTURES,
-        {"ollama": Answer("refused", "converts adapters of llama and gemma2 only", "a GGUF adapter by llama.cpp")},
+        {"ollama": Answer("refused", "converts adapters of llama and gemma2 only", "lora-tune export --to ollama")},
     ),
 )
 """The matrix: what an adapter may have, and what each engine does with it."""

@@ -1,7 +1,7 @@
 """The ids that llama.cpp makes of a rendered prompt: by llama.cpp itself where it is installed.
 
-Without llama.cpp the base's own tokenizer stands in. Tokenizers that llama.cpp cuts otherwise are never written; texts that
-it is known to cut otherwise are refused here.
+Without llama.cpp the base's own tokenizer stands in. Tokenizers that llama.cpp cuts otherwise are never written; texts
+that it is known to cut otherwise are refused here.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("lora_tune.export", "Write an adapter in the layout of another engine."),
     "rehearse": ("lora_tune.rehearse", "Rehearse the whole journey of a recipe on a small model."),
     "doctor": ("lora_tune.doctor", "Look whether this machine is ready."),
+    "launch": ("lora_tune.launch", "Files for cluster engines: training jobs, and replicas of vLLM."),
     "sweep": ("lora_tune.sweep", "Many runs of one recipe, and the best of them."),
     "recipe": ("lora_tune.recipes", "Check a recipe; print the JSON Schema of recipes."),
 }

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from lora_tune.adapter.folder import FILES, WEIGHTS
 from lora_tune.errors import Problem
@@ -35,15 +36,19 @@ _VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # mad
 
 def secrets_in(folder: Path) -> Iterator[Problem]:
     """Every secret or local path in the documented text files of a folder: where it stands, never what it is."""
-    mine = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SECRET_LENGTH}
-    patterns = {kind: re.compile(pattern) for kind, pattern in _TOKENS.items()}
     for name in FILES:
         path = folder / name
         if name in _BINARY or name in _VOCABULARY or not path.is_file():
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-            found = [kind for kind, pattern in patterns.items() if pattern.search(line)]
-            found += ["a secret of your environment"] if any(value in line for value in mine) else []
-            found += ["a path of a local machine"] if name in _PATHS_MATTER and _PATH.search(line) else []
-            for kind in found:
+            for kind in kinds_in(line, paths="matter" if name in _PATHS_MATTER else "may stand"):
                 yield Problem(f"holds {kind}", "remove it, and write the folder again", str(path), line=number)
+
+
+def kinds_in(line: str, *, paths: Literal["matter", "may stand"] = "matter") -> list[str]:
+    """What of a line must not leave this machine, in words; never the thing itself."""
+    mine = {value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SECRET_LENGTH}
+    found = [kind for kind, pattern in _TOKENS.items() if re.search(pattern, line)]
+    found += ["a secret of your environment"] if any(value in line for value in mine) else []
+    found += ["a path of a local machine"] if paths == "matter" and _PATH.search(line) else []
+    return found

@@ -23,7 +23,9 @@ from lora_tune.model import base_fit
 from lora_tune.model.base_config import stored_bits
 from lora_tune.model.cards import Card, find_card, usable_gib
 from lora_tune.model.device import Device, this_machine
+from lora_tune.model.links import find_link, link_of
 from lora_tune.model.memory import MemoryPlan, too_large, try_plan
+from lora_tune.model.scaling import Place, Several, largest_paying, on_cards
 from lora_tune.model.shape import read_shape
 from lora_tune.model.source import BaseSource, find_config, stored_bytes
 from lora_tune.model.speed import SPEED_ERROR
@@ -43,7 +45,8 @@ _INDEX_TOLERANCE = 0.02  # share by which an index may differ from the count bef
 _PARTS = {
     "adapters": "adapters", "gradients": "gradients", "optimizer": "optimizer states",
     "activations": "kept activations", "loss_head": "loss head",
-    "buffers": "buffers (recomputing, temporaries, dequantizing, masks)", "runtime": "runtime (context, fragmentation)",
+    "buffers": "buffers (recomputing, temporaries, dequantizing, masks)",
+    "exchange": "gathered from other cards, or summed up with them", "runtime": "runtime (context, fragmentation)",
 }  # fmt: skip
 
 
@@ -77,6 +80,15 @@ def command(
     gpu: Annotated[
         str, typer.Option(metavar="CARD", help="rtx4090, a100-80 …, its memory (24GiB), or auto: the one in here.")
     ] = "auto",
+    cards: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Cards that share the run; without it, what hardware: says.")
+    ] = None,
+    link: Annotated[
+        str | None, typer.Option(metavar="LINK", help="Between the cards of a machine: pcie4, nvlink, 25 (GB/s) …")
+    ] = None,
+    network: Annotated[
+        str, typer.Option(metavar="LINK", help="Between machines of 8 cards: 10gbe, 100gbe, ndr …")
+    ] = "100gbe",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
     """Plan a run: bytes by part, the fastest combination that fits, time; nothing is loaded.
@@ -86,41 +98,74 @@ def command(
     file = _recipe(arguments or [], model)
     target = _target(gpu)
     with nullcontext() if model else file.locating():
-        plan, source, problems = look(file.recipe, target)
-    duration = _duration(file.recipe, plan, amount=_amount(file.recipe, source, model))
+        place = _place(target, link=link, network=network)
+        plan, source, problems, several = look(file.recipe, target, place=place, cards=cards)
+    step_s = several.chosen.step_s if several else plan.step_s
+    duration = _duration(file.recipe, step_s, amount=_amount(file.recipe, source, model))
     if model is None:
         problems = [*file.warnings, *(file.locate(problem) if problem.key else problem for problem in problems)]
     code = 0 if plan.fits else 4
     if as_json:
-        print_json({"exit_code": code, **_facts(plan, duration)}, problems)
+        facts = _facts(plan, duration) | (several.as_json() if several else {})
+        print_json({"exit_code": code, **facts}, problems)
     else:
         _print(file.recipe, source, plan, target=target, duration=duration)
+        if several:
+            _print_several(several, file.recipe)
         print_problems(problems)
     return code
 
 
-def look(recipe: Recipe, target: Target) -> tuple[MemoryPlan, BaseSource, list[Problem]]:
-    """The plan of a recipe on a target, the base it is for, and what should be said of it.
+def look(
+    recipe: Recipe, target: Target, *, place: Place | None = None, cards: int | None = None
+) -> tuple[MemoryPlan, BaseSource, list[Problem], Several | None]:
+    """The plan of a recipe on a target, the base it is for, and what should be said of it; of several cards the plan of
+    each, and what they do together.
 
     Raises:
-        UsageError, RecipeError: the base cannot be found or read, or the adapter does not fit it.
+        UsageError, RecipeError: the base cannot be found or read, or the adapter or the strategy does not fit it.
     """
     source = find_config(recipe.base)
-    plan = try_plan(
-        source.config,
-        base=recipe.base,
-        lora=recipe.lora,
-        train=recipe.train,
-        budget_gib=target.budget_gib,
-        device=target.device,
-        card=target.card,
-    )
+    several = on_cards(source.config, recipe, cards=cards, place=place) if place else None
+    if several is not None and several.chosen.problems:
+        raise RecipeError(list(several.chosen.problems))
+    plan = several.chosen.memory if several else None
+    if plan is None:
+        plan = try_plan(
+            source.config,
+            base=recipe.base,
+            lora=recipe.lora,
+            train=recipe.train,
+            budget_gib=target.budget_gib,
+            device=target.device,
+            card=target.card,
+        )
     problems = list(_notes(recipe, source, plan, target.card))
     if errors := [problem for problem in problems if problem.severity == "error"]:
         raise RecipeError(errors)
     if not plan.fits:
         problems.append(too_large(plan, recipe.train))
-    return plan, source, problems
+        if place is not None and several is None and target.device == "cuda":
+            problems += _on_more(source, recipe, place)
+    return plan, source, problems, several
+
+
+def _on_more(source: BaseSource, recipe: Recipe, place: Place) -> Iterator[Problem]:
+    """On how many cards it would fit."""
+    for cards in (2, 4, 8):
+        found = on_cards(source.config, recipe, cards=cards, place=place)
+        if found is not None:
+            chosen = found.chosen
+            if chosen.memory is not None and chosen.fits:
+                said = f"{chosen.layout.strategy}, {chosen.memory.peak_gib:.1f} GiB each"
+                yield Problem(f"it fits on {cards} such cards ({said})", f"see --cards {cards}", severity="note")
+                return
+
+
+def _place(target: Target, *, link: str | None, network: str) -> Place:
+    """The cards of the target and what joins them. Raises: UsageError."""
+    between = link_of(target.card) if link is None else find_link(link)
+    return Place(target.budget_gib, target.device, target.card, between, find_link(network, option="--network"))
 
 
 def _recipe(arguments: Sequence[str], model: str | None) -> RecipeFile:
@@ -215,11 +260,11 @@ def _amount(recipe: Recipe, source: BaseSource, model: str | None) -> Amount | N
     )
 
 
-def _duration(recipe: Recipe, plan: MemoryPlan, *, amount: Amount | None) -> Duration:
+def _duration(recipe: Recipe, step_s: float | None, *, amount: Amount | None) -> Duration:
     """Steps and hours of the whole run, as far as they are known."""
     train = recipe.train
     share = 1.0 if train.packing or amount is None else min(1.0, amount.tokens_per_row / train.max_length)
-    step_s = plan.step_s * share if plan.step_s else None
+    step_s = step_s * share if step_s else None
     steps, why = train.max_steps, "train.max_steps"
     if steps is None and amount is not None:
         steps, why = (
@@ -291,6 +336,35 @@ def _print(recipe: Recipe, source: BaseSource, plan: MemoryPlan, *, target: Targ
     work = f"{flop / 1e12:,.1f} TFLOP" if flop >= 1e12 else f"{flop / 1e9:,.1f} GFLOP"
     console.print(f"{work} a step of {plan.tokens_per_step:,} tokens; {_speed(plan)}")
     console.print(duration.text)
+
+
+def _print_several(several: Several, recipe: Recipe) -> None:
+    """The strategies on so many cards, and what more cards would bring."""
+    console, chosen = results(), several.chosen
+    join = f"{chosen.link.name}, {chosen.link.gbs:g} GB/s each way" if chosen.link else ""
+    console.print(
+        f"{chosen.layout.world} cards ({join})): {chosen.layout.strategy} of these, the table above is of each card"
+    )
+    columns = ["strategy", "GiB", "micro", "GB/step", "in s", "step s", "tokens/s", "speed-up"]
+    one = several.of_one_card
+    rows: list[list[object]] = []
+    for plan in several.strategies:
+        if plan.memory is None:
+            rows.append([plan.layout.strategy, "–", "–", "–", "–", "–", "–", plan.problems[0].reason])
+            continue
+        gib = f"{plan.memory.peak_gib:.1f}" + ("" if plan.fits else " does not fit")
+        times = plan.tokens_per_s / one if plan.tokens_per_s and one else None
+        rows.append([plan.layout.strategy, gib, plan.memory.micro_batch_size, plan.sent_bytes / 1e9, plan.exchange_s,
+                     plan.step_s, plan.tokens_per_s and round(plan.tokens_per_s), times])  # fmt: skip
+    print_table("", columns, rows)
+    if len(several.scaling) > 1 and several.scaling[-1].tokens_per_s:
+        first = several.scaling[0]
+        rows = [[plan.layout.world, plan.layout.strategy, f"{plan.memory.peak_gib:.1f}" if plan.memory else "–",
+                 plan.link.name if plan.link else "–", round(plan.tokens_per_s or 0),
+                 (plan.tokens_per_s or 0) / (first.tokens_per_s or 1)] for plan in several.scaling]  # fmt: skip
+        print_table("", ["cards", "strategy", "GiB a card", "link", "tokens/s", "speed-up"], rows)
+    if words := largest_paying(several, batch_size=recipe.train.batch_size):
+        console.print(words)
 
 
 def _speed(plan: MemoryPlan) -> str:

@@ -172,7 +172,8 @@ def _steps(job: Job) -> Iterator[_Step]:
         yield _Step("train.micro_batch_size", "auto", 0)
     if train.gradient_checkpointing != "auto":
         yield _Step("train.gradient_checkpointing", "auto", 0)
-    if job.device == "cuda" and train.optimizer in ("adamw", "paged_adamw"):
+    known = STRATEGIES[job.layout.strategy].optimizers
+    if job.device == "cuda" and train.optimizer in ("adamw", "paged_adamw") and "adamw_8bit" in known:
         yield _Step("train.optimizer", "adamw_8bit", 0)
     if base.compute_dtype == "float32" and job.device == "cuda":
         yield _Step("base.compute_dtype", "auto", 1)

@@ -39,6 +39,7 @@ from lora_tune.model.footprint import (
     unquantized_gib,
 )
 from lora_tune.model.speed import step_seconds
+from lora_tune.model.strategy import STRATEGIES
 from lora_tune.recipe import Base, Lora, Train
 
 __all__ = ["MARGIN", "MOST_TOKENS", "MemoryPlan", "device_budget", "plan_here", "plan_memory", "saved_bytes_per_layer",
@@ -176,7 +177,7 @@ def plan_job(job: Job, budget_gib: float, *, card: Card | None) -> MemoryPlan:
         tokens_per_s=tokens / step_s if step_s else None,
         calibrated=measured.runs if measured else 0,
         fits=chosen is not None,
-        unquantized_gib=unquantized_gib(job),
+        unquantized_gib=unquantized_gib(job) / (job.layout.world if STRATEGIES[job.layout.strategy].divided else 1),
         known="in our table" if job.shape.known else "counted on the meta device",
         changes=changes,
     )

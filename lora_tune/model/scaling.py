@@ -139,6 +139,74 @@ def joined_seconds(job: Job, computing_s: float, exchange_s: float) -> float:
     return max(computing_s, exchange_s) + exchange_s / (job.shape.layers + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Several:
+    """A run on several cards: the strategy it takes, the others beside it, and the same on 1 to 64 cards.
+
+    `of_one_card` are the tokens/s of a single card that holds everything, None where none does.
+    """
+
+    chosen: CardsPlan
+    strategies: tuple[CardsPlan, ...]
+    scaling: tuple[CardsPlan, ...]
+    pays_until: int | None
+
+    @property
+    def of_one_card(self) -> float | None:
+        """Tokens/s of one card; None where the run does not fit on one."""
+        first = self.scaling[0] if self.scaling else None
+        return first.tokens_per_s if first and first.layout.world == 1 else None
+
+    def as_json(self) -> dict[str, Any]:
+        """What `plan --json` adds: the speeds are those of all cards together."""
+        return {
+            "step_s": _rounded(self.chosen.step_s),
+            "tokens_per_s": _rounded(self.chosen.tokens_per_s),
+            "cards": self.chosen.as_json(),
+            "strategies": [plan.as_json() for plan in self.strategies],
+            "scaling": [plan.as_json() for plan in self.scaling],
+            "pays_until": self.pays_until,
+        }
+
+
+def on_cards(config: Mapping[str, Any], recipe: Recipe, *, cards: int | None, place: Place) -> Several | None:
+    """The plans for `cards`, or for as many as `hardware` names; None where that is one.
+
+    The processes of a machine without cards share its memory. Raises: UsageError for a config that cannot be read.
+    """
+    hardware = recipe.hardware
+    if cards is None:
+        each = hardware.processes if hardware.processes != "auto" else 1
+        cards, nodes = each * hardware.nodes, hardware.nodes
+    else:
+        nodes = hardware.nodes if cards % hardware.nodes == 0 and hardware.nodes > 1 else layout_on(cards, "ddp").nodes
+    if cards == 1:
+        return None
+    if place.device == "cpu":
+        place = replace(place, budget_gib=place.budget_gib * nodes / cards)
+    names: tuple[Name, ...] = ("ddp", "fsdp2", "zero3")
+    plans = [plan_layout(config, recipe, Layout(name, cards // nodes, nodes), place=place) for name in names]
+    asked = hardware.strategy
+    if asked in ("auto", "single"):
+        chosen = plans[0] if plans[0].fits or plans[1].memory is None else plans[1]
+    else:
+        chosen = next(plan for plan in plans if plan.layout.strategy == asked)
+    more = tuple(scaling(config, recipe, place=place, asked="auto" if asked == "single" else asked))
+    return Several(chosen, tuple(plans), more, pays_until(more))
+
+
+def largest_paying(several: Several, *, batch_size: int) -> str:
+    """Where more cards stop paying, in words; nothing where speeds are not known."""
+    if several.pays_until is None:
+        return ""
+    last = several.scaling[-1].layout.world
+    if several.pays_until < last:
+        return f"beyond {several.pays_until} cards twice as many are less than {PAYS:g} times as fast"
+    if last < MOST_CARDS and batch_size % (2 * last):
+        return f"more than {last} cards cannot share a batch of {batch_size} evenly: raise train.batch_size"
+    return f"up to {last} cards twice as many are at least {PAYS:g} times as fast"
+
+
 def layout_on(cards: int, strategy: Name) -> Layout:
     """So many cards, eight to a machine."""
     nodes = -(-cards // CARDS_OF_A_MACHINE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 SAME_NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
 """Architectures whose modules are called in MLX as in transformers; each was executed against PEFT."""
+_READS_ROPE_PARAMETERS = ("qwen3",)
+_DEFAULT_THETA = {"qwen2": 1_000_000}
 _KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<matrix>A\.weight|B\.weight|embedding_[AB])")
 _LAYER = re.compile(r"model\.layers\.\d+\.(?P<name>.+)")
 
@@ -40,6 +43,7 @@ def write_mlx(job: Job, scratch: Path) -> Written:
     if architecture not in SAME_NAMES:
         reason = f"not supported: the names of {architecture} in MLX are not known here, only {', '.join(SAME_NAMES)}"
         raise CheckFailed(Problem(reason, "export it --to merged, which mlx-lm reads as well", str(job.folder)))
+    _refuse_positions(architecture, source.config)
     form = canonical(read_adapter(job.folder), dtype=job.dtype)
     tensors = mlx_tensors(form.adapter.tensors)
     keys = sorted({_relative(name.rpartition(".")[0]) for name in tensors})
@@ -81,6 +85,18 @@ def _relative(module: str) -> str:
     """A module's name as mlx-lm lists it: below its layer, or whole for embeddings and head."""
     match = _LAYER.fullmatch(module)
     return match["name"] if match else module
+
+
+def _refuse_positions(architecture: str, config: Mapping[str, Any]) -> None:
+    """mlx-lm reads `rope_theta` and `rope_scaling`; transformers 5 writes `rope_parameters`, which it passes over."""
+    written = config.get("rope_parameters")
+    if not isinstance(written, dict) or architecture in _READS_ROPE_PARAMETERS or "rope_theta" in config:
+        return
+    theta, kind = written.get("rope_theta"), written.get("rope_type", "default")
+    if theta != _DEFAULT_THETA.get(architecture, 10_000) or kind != "default":
+        reason = f"mlx-lm does not read rope_parameters of the base's config.json (theta {theta:g}, {kind})"
+        fix = "write rope_theta (and rope_scaling) into the base's config.json as well, or it computes other positions"
+        raise CheckFailed(Problem(reason, fix, key="rope_parameters"))
 
 
 def _refuse_tied(job: Job, keys: list[str], *, tied: bool) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lora_tune.model.methods import SavedAdapter
     from lora_tune.model.source import BaseSource
 
+_OLDER_NAMES = ("rope_theta", "rope_scaling")
+
 
 class Precision(StrEnum):
     """Which base the adapter is folded into."""
@@ -279,9 +281,18 @@ def _write_words(job: MergeJob, model: PreTrainedModel, folder: Path, *, dtype: 
     model.config._name_or_path = ""  # transformers would keep where the base lay
     model.config.dtype = getattr(torch, dtype)
     model.config.save_pretrained(folder)
+    _keep_older_names(folder, job.source.config)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     _write_tokenizer(job, folder)
+
+
+def _keep_older_names(folder: Path, config: dict[str, Any]) -> None:
+    """`rope_theta` and `rope_scaling` where the base has them: transformers 5 renames them, other readers do not."""
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {name: config[name] for name in _OLDER_NAMES if name in config and name not in written}
+    if kept:
+        (folder / "config.json").write_text(json.dumps(written | kept, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tokenizer(job: MergeJob, folder: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -101,19 +101,26 @@ def _announce(backend: Backend, listening: socket.socket, settings: ServeSetting
         print_json({"url": url, "models": models, "token": "needed" if settings.token else "none"})
         sys.stdout.flush()
         return
-    token = f"${TOKEN_VARIABLE}" if settings.token else ""
-    header = f' -H "Authorization: Bearer {token}"' if token else ""
-    body = f'{{"model": "{models[-1]}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
-    key = f'os.environ["{TOKEN_VARIABLE}"]' if token else '"none"'
     lines = [
         f"serving {', '.join(models)} at {url} (the page: {url}/)",
-        f"curl {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'",
-        f"python -c '{'import os; ' if token else ''}from openai import OpenAI; "
-        f'print(OpenAI(base_url="{url}/v1", api_key={key}).chat.completions.create(model="{models[-1]}", '
-        'messages=[{"role": "user", "content": "Hello"}]).choices[0].message.content)\'',
+        *calls(url, models[-1], token="needed" if settings.token else "none"),
     ]
     results().print("\n".join(lines))
     sys.stdout.flush()
+
+
+def calls(url: str, model: str, *, token: Literal["needed", "none"]) -> tuple[str, str]:
+    """Two commands to copy that ask a model: with curl, and with the official client."""
+    header = f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"' if token == "needed" else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    curl = f"curl {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'"
+    key = f'os.environ["{TOKEN_VARIABLE}"]' if token == "needed" else '"none"'
+    code = (
+        f'import os; from openai import OpenAI; client = OpenAI(base_url="{url}/v1", api_key={key}); '
+        f'print(client.chat.completions.create(model="{model}", '
+        'messages=[{"role": "user", "content": "Hello"}]).choices[0].message.content)'
+    )
+    return curl, f"python -c '{code}'"
 
 
 def _token(given: str | None, host: str) -> str | None:

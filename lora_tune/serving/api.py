@@ -32,11 +32,13 @@ def build_app(backend: Backend, settings: ServeSettings, *, gate: Gate | None = 
     """The application that serves this backend. Closing `gate` makes it refuse everything new."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     prompting = Prompting(backend)
-    app.include_router(web.router(backend, prompting=prompting, votes=settings.votes, caps=settings.caps))
+    page = web.router(backend, prompting=prompting, votes=settings.votes, caps=settings.caps)
+    app.include_router(page)
     api = _Api(backend, settings, prompting)
     for path, methods, handler in api.routes():
         app.add_api_route(path, handler, methods=methods, response_model=None)
-    metrics = Metrics(backend, routes=[getattr(route, "path", "") for route in app.routes])
+    app.state.paths = sorted({getattr(route, "path", "") for route in (*page.routes, *app.routes)} - {""})
+    metrics = Metrics(backend, routes=app.state.paths)
     api.start(metrics, Completions(backend, prompting=prompting, metrics=metrics, caps=settings.caps))
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)

@@ -202,8 +202,10 @@ def _validated(kind: type[_Parsed], content: Mapping[str, Any]) -> _Parsed:
     """The body as its model. Raises: Refusal with the first field that is wrong."""
     kept = {}
     for name, value in content.items():
-        if name in kind.model_fields or name not in _NO_EFFECT:
+        if name in kind.model_fields:
             kept[name] = value
+        elif name not in _NO_EFFECT:
+            raise bad(name[:80], "unknown field; leave it out", code="unknown_parameter")
         elif value is not None and not any(_same(value, no_effect) for no_effect in _NO_EFFECT[name]):
             why = _WHY.get(name, "leave it out")
             raise bad(name, f"this server does not support it; {why}", code="unsupported_parameter")

@@ -12,7 +12,7 @@ from lora_tune.errors import CheckFailed, LoraTuneError, UsageError
 from lora_tune.serving.backend import Draining, QueueFull, TooLong, UnknownModel, Unsupported
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_PATH = re.compile(r"(?<![\w:/<])(?:~|[A-Za-z]:)?[/\\][^\s'\"`;,()]+")
+_PATH = re.compile(r"(?<![\w:/<])(?!/v1/)(?:~|[A-Za-z]:)?[/\\][^\s'\"`;,()]+")
 _AT_MOST = 600  # characters of a message
 
 

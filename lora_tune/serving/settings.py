@@ -31,7 +31,7 @@ class Caps:
     """Bytes of all bodies together that are being received."""
     depth: int = 32
     """How deep JSON may be nested."""
-    values: int = 100_000
+    values: int = 50_000
     """Values in one JSON body."""
     messages: int = 256
     tools: int = 128

@@ -93,6 +93,7 @@ def _config(layout: Layout) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
     environment = os.environ
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // layout.processes)))
     settings: dict[str, Any] = {
         "min_nodes": layout.nodes,

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lora_tune.errors import Problem, ResourceError
+from lora_tune.errors import Interrupted, Problem, ResourceError
+from lora_tune.interrupts import signal_name
 from lora_tune.training.batches import EpochSampler, ShareSampler, empty_batch, share_of_step
 from lora_tune.training.budget import Budget, BudgetedTrainer
 from lora_tune.training.guard import require_finite
@@ -104,6 +105,21 @@ class SharedTrainer(BudgetedTrainer):
     def stop_signal(self) -> int | None:
         """The signal by which the training stops; of several processes the one that all know of."""
         return self._agreed if self.team.several else self.signals.caught
+
+    def raise_signal(self) -> None:
+        """Leave where a signal came to any of the processes. Raises: Interrupted."""
+        number = self.agree()
+        if number is not None:
+            raise Interrupted(number, self._stopped_by(number))
+
+    def _stopped_by(self, number: int) -> str:
+        """What to say after a signal: up to which step the work is saved."""
+        step, saved = self.state.global_step, self.saved_step
+        name = signal_name(number)
+        if saved == step:
+            return f"stopped by {name} after step {step}; the same command with --resume goes on from there"
+        return f"stopped by {name} after step {step}, but its checkpoint could not be written; --resume goes on from \
+step {saved or 0}"
 
     def cut_short(self) -> AbstractContextManager[None]:
         """What a signal may end at once: an evaluation, where no others are in the middle of it."""

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,12 +26,17 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+_PATIENCE = timedelta(hours=1)
 _ALIVE_S = 5.0  # how long one who asks waits for what another has written
-_LONG = timedelta(days=30)
 
 
 class PeerLost(ResourceError):
-    """Another process of the run is gone, or has not answered in time (exit 4)."""
+    """Another process of the run is gone, or has not answered in time (exit 4).
+
+    `teller` is the first of the processes that are left.
+    """
+
+    teller = 0
 
 
 def _end_if_here(where: str) -> None:
@@ -49,7 +55,9 @@ class Team:
     world: int = 1
     layout: Layout = field(default_factory=Layout)
     store: Any = None
-    control: Any = None  # the group over gloo
+    control: Any = None  # the group over gloo, patient until the training begins
+    strict: Any = None  # the same with hardware.timeout
+    first_place: str = ""
     started: int = 0
 
     @property
@@ -134,6 +142,18 @@ class Team:
                 raise UsageError(f"process {rank} has another {what} than process {self.rank}", fix)
 
     @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Inside, a process that does not answer for `hardware.timeout` is lost; outside, some load for longer."""
+        patient = self.control
+        if self.several:
+            self.most(0)  # all have loaded
+            self.control = self.strict
+        try:
+            yield
+        finally:
+            self.control = patient
+
+    @contextmanager
     def in_turn(self, name: str) -> Iterator[None]:
         """Inside, the first process is alone; the others come when it has left, however long that takes.
 
@@ -162,7 +182,7 @@ class Team:
         known = ("connection", "timed out", "timeout", "broken pipe", "nccl", "socket", "gloo", "peer")
         if not self.several or not isinstance(error, RuntimeError) or not any(word in text for word in known):
             return None
-        return PeerLost(self._missing(waited="timed out" in text or "timeout" in text))
+        return self._missing(waited="timed out" in text or "timeout" in text)
 
     def _told(self, doing: str, tell: Callable[[], Any]) -> None:
         """Tell the others something. Raises: PeerLost naming who is missing."""
@@ -176,29 +196,41 @@ class Team:
                 raise
             raise found from None
 
-    def _missing(self, *, waited: bool) -> Problem:
+    def _missing(self, *, waited: bool) -> PeerLost:
         """Who has not come as far as this process has."""
-        behind = []
-        for rank in range(self.world):
-            try:
-                reached = int(self._read(f"lora_tune/{rank}").split()[0]) if rank != self.rank else self.started
-            except (RuntimeError, ValueError, IndexError):
-                return Problem("the process that the others meet at, on the machine of rank 0, is gone", _RESUME)
-            if reached < self.started:
-                behind.append(rank)
-        places = {rank: self._read(f"lora_tune/where/{rank}") for rank in behind}
+        said = f"has not answered for {self.layout.timeout_s:g} s (hardware.timeout)" if waited else "is gone"
+        places = self._behind()
+        if places is None:  # the first one keeps what the processes write for each other
+            places = {0: self.first_place}
         for where in places.values() if waited else ():
             _end_if_here(where)
         who = ", ".join(f"{rank} ({where})" for rank, where in places.items()) or "of another rank"
-        said = f"has not answered for {self.layout.timeout_s:g} s" if waited else "is gone"
-        return Problem(f"process {who} {said}", _RESUME, key="hardware.timeout" if waited else None)
+        lost = PeerLost(Problem(f"process {who} {said}", _RESUME))
+        lost.teller = min(rank for rank in range(self.world) if rank not in places)
+        return lost
+
+    def _behind(self) -> dict[int, str] | None:
+        """The processes that have not come as far, and where they are; None where nobody can be asked.
+
+        Asked by a thread: the store has no limit for the time in which it answers.
+        """
+        found: list[dict[int, str]] = []
+
+        def ask() -> None:
+            with suppress(RuntimeError, ValueError, IndexError):
+                others = [rank for rank in range(self.world) if rank != self.rank]
+                reached = {rank: int(self._read(f"lora_tune/{rank}").split()[0]) for rank in others}
+                late = [rank for rank in others if reached[rank] < self.started]
+                found.append({rank: self._read(f"lora_tune/where/{rank}") for rank in late})
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(_ALIVE_S)
+        return found[0] if found else None
 
     def _read(self, key: str) -> str:
-        self.store.set_timeout(timedelta(seconds=_ALIVE_S))
-        try:
-            return self.store.get(key).decode() if self.store.check([key]) else "0"
-        finally:
-            self.store.set_timeout(_LONG)
+        """What another process has written, `0` where it has not."""
+        return self.store.get(key).decode() if self.store.check([key]) else "0"
 
 
 _RESUME = "the checkpoints stay: the same command with --resume goes on from the newest"
@@ -236,10 +268,12 @@ def joined(place: Place | None, layout: Layout) -> Iterator[Team]:
             f"process {place.rank} of {place.world} does not find the others at {where}: {reason}"
         ) from error
     try:
-        control = dist.new_group(backend="gloo", timeout=limit)
+        control = dist.new_group(backend="gloo", timeout=max(limit, _PATIENCE))
+        strict = dist.new_group(backend="gloo", timeout=limit)
         store: Any = dist.distributed_c10d._get_default_store()
         store.set(f"lora_tune/where/{place.rank}", f"pid {os.getpid()} on {socket.gethostname()}")
-        team = Team(place.rank, place.world, layout, store, control)
+        team = Team(place.rank, place.world, layout, store, control, strict)
+        team.first_place = team.share(f"pid {os.getpid()} on {socket.gethostname()}")
         leave_alone()
         if dist.get_world_size() != layout.world:
             said = f"{dist.get_world_size()} processes, {layout.world} planned"

@@ -27,8 +27,8 @@ from transformers import PrinterCallback, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
-from lora_tune.errors import DataError, Interrupted
-from lora_tune.interrupts import Stop, signal_name
+from lora_tune.errors import DataError
+from lora_tune.interrupts import Stop
 from lora_tune.model.methods import cast_inputs
 from lora_tune.recipe import Train
 from lora_tune.training import state
@@ -208,7 +208,14 @@ class RunTrainer(SharedTrainer, SFTTrainer):
             result = TrainOutput(start.step, 0.0, {})
         else:
             display = closing(self.facts.display) if self.facts.display else nullcontext()
-            with self.signals, display, self.peers_named(), self.shortages_named(), self.casts("autocast"):
+            with (
+                self.signals,
+                display,
+                self.peers_named(),
+                self.team.in_step(),
+                self.shortages_named(),
+                self.casts("autocast"),
+            ):
                 result = super().train(resume_from_checkpoint=str(start.folder) if start else None)
         self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self._chat.align(self.model)  # transformers puts the tokenizer's special tokens in when it starts
@@ -345,21 +352,6 @@ class RunTrainer(SharedTrainer, SFTTrainer):
                 shown.on_train_begin(self.args, self.state, self.control)
             self.evaluate()
         self.raise_signal()
-
-    def raise_signal(self) -> None:
-        """Leave where a signal came to any of the processes. Raises: Interrupted."""
-        number = self.agree()
-        if number is not None:
-            raise Interrupted(number, self._stopped_by(number))
-
-    def _stopped_by(self, number: int) -> str:
-        """What to say after a signal: up to which step the work is saved."""
-        step, saved = self.state.global_step, self.saved_step
-        name = signal_name(number)
-        if saved == step:
-            return f"stopped by {name} after step {step}; the same command with --resume goes on from there"
-        return f"stopped by {name} after step {step}, but its checkpoint could not be written; --resume goes on from \
-step {saved or 0}"
 
     @contextmanager
     def casts(self, to: Literal["adapter dtype", "autocast"]) -> Iterator[None]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import typer
 
-from lora_tune.errors import Interrupted, LoraTuneError
+from lora_tune.errors import Interrupted, LoraTuneError, ResourceError
 from lora_tune.interrupts import Stop, signal_name
 from lora_tune.model.strategy import Layout
 from lora_tune.terminal import as_error, messages, results
 from lora_tune.training.agent import leave_ending
-from lora_tune.training.place import Place, take_card
+from lora_tune.training.place import ENDINGS, Place, take_card
 from lora_tune.training.team import PeerLost, joined
 
 
@@ -28,6 +29,7 @@ def as_worker(place: Place | None, layout: Layout) -> Iterator[None]:
         yield
         return
     take_card(place)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a lost connection is told with its C++ frames
     quiet = (messages().quiet, results().quiet)
     messages().quiet = results().quiet = place.rank > 0
     try:
@@ -39,7 +41,10 @@ def as_worker(place: Place | None, layout: Layout) -> Iterator[None]:
     except (Exception, Stop) as error:
         found = _as_told(error)
         lost = isinstance(error, PeerLost)
-        if leave_ending(place.rank, found, lost=lost) or (lost and place.rank > 0):
+        if isinstance(error, PeerLost) and error.teller != place.rank and ENDINGS not in os.environ:
+            raise typer.Exit(found.exit_code) from None
+        own = type(found) in (LoraTuneError, ResourceError)  # the rest happens to all of them alike
+        if leave_ending(place.rank, found, lost=lost) or (place.rank > 0 and not own and not lost):
             raise typer.Exit(found.exit_code) from None
         messages().quiet = False
         raise

@@ -27,6 +27,7 @@ Rendered = Callable[[Sequence[Turn]], str]
 """A request (its last turn is no assistant's) to the text that the model is fed. Raises CheckFailed where refused."""
 Strip = Literal["both", "left", "right", "none"]
 ROLES = ("system", "user", "assistant")
+_STRIPS: tuple[Strip, ...] = ("both", "left", "right")
 _START, _END = "", "end"
 _BLANKS = " \t\n\r\v\f"
 _IS_BLANK = "eq {} " + " ".join(f'"{escaped}"' for escaped in (" ", "\\t", "\\n", "\\r", "\\u000b", "\\u000c"))
@@ -128,7 +129,8 @@ def _learned(render: Rendered, conversations: Sequence[Sequence[str]]) -> _Table
 def _gaps(render: Rendered, roles: Sequence[str]) -> dict[Pair, str]:
     """What stands before, between and after the turns of these roles. Raises: CheckFailed."""
     turns = [(role, f"Zq{number}{role}") for number, role in enumerate(roles)]
-    text, found = render(turns), {}
+    text = render(turns)
+    found: dict[Pair, str] = {}
     before = _START
     for role, marker in turns:
         if text.count(marker) != 1:
@@ -171,7 +173,8 @@ def _without(table: _Table, bos: str) -> _Table:
 def _written(table: _Table) -> str:
     """The table as a template: for each turn what stands before its words, by the role of the turn before it."""
     used: set[Strip] = set(table.strips.values()) - {"none"}
-    defined = "".join(_stripper(strip) for strip in sorted(used | ({"right"} if "both" in used else set())))
+    used |= {"right"} if "both" in used else set()
+    defined = "".join(_stripper(strip) for strip in _STRIPS if strip in used)
     roles = [role for role in ROLES if any(pair[1] == role for pair in table.gaps)]
     body = ""
     for number, role in enumerate(roles):

@@ -43,6 +43,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture("phi3"),
     "gemma": Architecture("gemma", activation=("gelu_pytorch_tanh", "gelu"), norms_from_one=True),
     "gemma2": Architecture("gemma2", activation=("gelu_pytorch_tanh",), norms_from_one=True, window="written"),
+    "gemma3_text": Architecture("gemma3", activation=("gelu_pytorch_tanh",), norms_from_one=True, window="written"),
 }
 """{model_type of config.json: what llama.cpp makes of it}."""
 
@@ -76,8 +77,9 @@ def shape_of(config: Any) -> Shape:
     heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     key_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    if kind == "gemma2" and float(config.query_pre_attn_scalar) != head_dim:
+    if architecture.window == "written" and float(config.query_pre_attn_scalar) != head_dim:
         raise _refused(f"query_pre_attn_scalar {config.query_pre_attn_scalar} with heads of {head_dim}")
+    _check_windows(config)
     if float(_rope(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", 1.0) or 1.0) != 1.0:
         raise _refused("heads that are rotated in part")
     return Shape(architecture, int(config.num_hidden_layers), heads, key_heads, head_dim, config)
@@ -108,11 +110,9 @@ def metadata_of(shape: Shape) -> dict[str, Value]:
     if rope.get("rope_type", "default") == "linear":
         keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": f32(rope["factor"])}
     if shape.architecture.window == "written":
-        keys |= {
-            "attention.sliding_window": u32(window or context),
-            "attn_logit_softcapping": f32(config.attn_logit_softcapping or 0.0),
-            "final_logit_softcapping": f32(config.final_logit_softcapping or 0.0),
-        }
+        keys["attention.sliding_window"] = u32(window or context)
+        caps = ("attn_logit_softcapping", "final_logit_softcapping")
+        keys |= {cap: f32(getattr(config, cap)) for cap in caps if getattr(config, cap, None)}
     if name == "phi3":
         keys["rope.scaling.original_context_length"] = u32(context)
     return {f"{name}.{key}": value for key, value in keys.items()}
@@ -166,8 +166,28 @@ def row_order(shape: Shape, parameter: str) -> Rearrange | None:
 
 
 def _rope(config: Any) -> Mapping[str, Any]:
+    """The rotation's numbers; of a base with two kinds of layers those of full attention."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return dict(found)
+    return dict(found.get("full_attention", found))
+
+
+def _check_windows(config: Any) -> None:
+    """llama.cpp has it built in which layers of Gemma see a window, and at which base they rotate."""
+    periods = {"gemma2": 2, "gemma3_text": 6}
+    period = periods.get(str(config.model_type))
+    if period is None:
+        return
+    kinds = [
+        "full_attention" if (layer + 1) % period == 0 else "sliding_attention"
+        for layer in range(config.num_hidden_layers)
+    ]
+    if list(config.layer_types) != kinds:
+        raise _refused(f"windows in other layers than all but every {period}th")
+    local = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention")
+    if local is not None and (local.get("rope_type") != "default" or float(local["rope_theta"]) != 10000.0):
+        raise _refused("a rotation of the window's layers at another base than 10,000")
+    if period == 6 and _rope(config).get("rope_type", "default") != "default":
+        raise _refused(f"the rotary scaling {_rope(config)['rope_type']!r} in a base of type {config.model_type!r}")
 
 
 def _window(config: Any) -> int | None:

@@ -96,7 +96,7 @@ HEAD = (
     "{%- if tools -%}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{%- endif -%}"
     "{%- for m in messages -%}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
 )
-TAIL = "<|im_end|>\n{%- endfor -%}{%- if add_generation_prompt -%}<|im_start|>assistant\n{%- endif -%}"
+TAIL = "<|im_end|>\n{% endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 FORMS = {
     "a list": "{%- if m.tool_calls -%}[TOOL_CALLS] [{%- for c in m.tool_calls -%}"
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}'

@@ -212,7 +212,13 @@ def test_what_asks_for_nothing_is_accepted(place: Place) -> None:
     none = {"frequency_penalty": 0, "logit_bias": {}, "logprobs": None, "tools": None, "user": "a", "suffix": None}
     more = {"parallel_tool_calls": True, "response_format": {"type": "text"}, "stop": None, "n": 1, "store": False}
     assert place.free.ask(CHAT, {**ASK, **none, **more}).status == 200
-    echoed = {"role": "assistant", "content": "Yes.", "refusal": None, "annotations": [], "tool_calls": None}
+    echoed: dict[str, Any] = {
+        "role": "assistant",
+        "content": "Yes.",
+        "refusal": None,
+        "annotations": [],
+        "tool_calls": None,
+    }
     roles = [{"role": "developer", "content": "Be brief."}, *ASK["messages"], echoed, *ASK["messages"]]
     assert place.free.ask(CHAT, {**ASK, "messages": roles}).status == 200
 

@@ -85,7 +85,7 @@ class Completions:
 
     async def _chat_requests(self, asked: ChatAsked) -> tuple[ToolFormat | None, list[Request]]:
         model = self._model(asked.model)
-        ids, form = await self._prompting.chat(asked)
+        ids, form = await self._prompting.chat(asked, context=model.context)
         return form, self._requests(model, [ids], asked.wanted)
 
     async def text(self, asked: CompletionAsked) -> Json:
@@ -130,7 +130,8 @@ class Completions:
         most = self._caps.answers * _ANSWERS_OF_ALL_PROMPTS
         if len(asked.prompts) * asked.wanted.answers > most:
             raise bad("n", f"at most {most} answers to all prompts together")
-        return self._requests(model, await self._prompting.texts(asked.model, asked.prompts), asked.wanted)
+        prompts = await self._prompting.texts(asked.model, asked.prompts, context=model.context)
+        return self._requests(model, prompts, asked.wanted)
 
     def _model(self, name: str) -> ServedModel:
         """Raises: UnknownModel."""

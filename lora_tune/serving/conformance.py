@@ -26,6 +26,7 @@ from lora_tune.terminal import print_json, print_table, run_app
 if TYPE_CHECKING:
     from openai import OpenAI
 
+Json = dict[str, Any]
 Outcome = Literal["passed", "failed", "not offered"]
 _ASK: list[dict[str, Any]] = [{"role": "user", "content": "Say something short."}]
 _TOOL = {
@@ -230,12 +231,8 @@ def _parts(engine: _Engine) -> None:
 
 
 def _max_completion(engine: _Engine) -> None:
-    answer = engine.client.chat.completions.create(
-        model=engine.model,
-        messages=_ASK,
-        temperature=0,
-        max_completion_tokens=3,  # type: ignore[arg-type]
-    )
+    asked: Any = {"model": engine.model, "messages": _ASK, "temperature": 0, "max_completion_tokens": 3}
+    answer = engine.client.chat.completions.create(**asked)
     _must(answer.usage and answer.usage.completion_tokens <= 3, "more than max_completion_tokens")
 
 
@@ -265,7 +262,8 @@ def _unknown_model(engine: _Engine) -> None:
 
 
 def _wrong_values(engine: _Engine) -> None:
-    for more in ({"messages": []}, {"max_tokens": -1}, {"temperature": "hot"}, {"n": 0}, {"messages": "hello"}):
+    wrong: list[Json] = [{"messages": []}, {"max_tokens": -1}, {"temperature": "hot"}, {"n": 0}, {"messages": "hello"}]
+    for more in wrong:
         _refused((400, 422), lambda more=more: engine.chat(more=more))  # type: ignore[misc]
 
 

@@ -30,21 +30,27 @@ class Prompting:
         self._backend = backend
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prompts")
         self._formats: dict[str, ToolFormat | None] = {}
+        self._longest: dict[str, int] = {}
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
         """The result of something that uses a template or its tokenizer, which no other thread may do meanwhile."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    async def chat(self, asked: ChatAsked) -> tuple[tuple[int, ...], ToolFormat | None]:
+    async def chat(self, asked: ChatAsked, *, context: int | None = None) -> tuple[tuple[int, ...], ToolFormat | None]:
         """The prompt of a chat request, and how its answer would write tool calls (None where it may not, or cannot).
+
+        With a `context`, words that cannot fit into so many tokens are not encoded.
 
         Raises: UnknownModel; Refusal where the template refuses the conversation.
         """
         chat = self._backend.chat(asked.model)
-        return await self.run(lambda: self._chat(chat, asked))
+        return await self.run(lambda: self._chat(chat, asked, context))
 
-    def _chat(self, chat: ChatTemplate, asked: ChatAsked) -> tuple[tuple[int, ...], ToolFormat | None]:
+    def _chat(
+        self, chat: ChatTemplate, asked: ChatAsked, context: int | None
+    ) -> tuple[tuple[int, ...], ToolFormat | None]:
         tools = () if asked.choice == "none" else asked.tools
+        self._check_length(chat, sum(len(turn.content) for turn in asked.messages), context)
         try:
             ids = chat.prompt_ids(asked.messages, tools=tools)
         except CheckFailed as error:
@@ -64,13 +70,28 @@ class Prompting:
             self._formats[chat.sha256] = tool_format(chat)
         return self._formats[chat.sha256]
 
-    async def texts(self, model: str, prompts: Sequence[str | tuple[int, ...]]) -> list[tuple[int, ...]]:
+    def _check_length(self, chat: ChatTemplate, characters: int, context: int | None) -> None:
+        """Raises: Refusal where even the longest tokens would be more than the context has."""
+        if chat.sha256 not in self._longest:
+            self._longest[chat.sha256] = max(map(len, chat.tokenizer.get_vocab()), default=1)
+        if context is not None and characters > context * self._longest[chat.sha256]:
+            reason = f"at most {context:,} tokens together, got {characters:,} characters of the prompt"
+            raise Refusal(400, reason, code="context_length_exceeded", param="messages")
+
+    async def texts(
+        self, model: str, prompts: Sequence[str | tuple[int, ...]], *, context: int
+    ) -> list[tuple[int, ...]]:
         """Prompts without turns: text as training encodes text without turns, token ids as they are.
 
         Raises: UnknownModel; Refusal for an id that the model does not have, or text that cannot be encoded.
         """
         chat = self._backend.chat(model)
-        return await self.run(lambda: [_text_ids(chat, prompt) for prompt in prompts])
+
+        def encoded() -> list[tuple[int, ...]]:
+            self._check_length(chat, max(len(prompt) for prompt in prompts), context)
+            return [_text_ids(chat, prompt) for prompt in prompts]
+
+        return await self.run(encoded)
 
     async def written(self, model: str, ids: Sequence[int]) -> str:
         """Token ids as text, control tokens included."""

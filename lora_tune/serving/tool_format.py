@@ -227,7 +227,8 @@ def _derive_fields(one: str, two: str) -> ToolFormat | None:
 
 def _json_values(text: str, mark: str) -> list[tuple[int, int, Any]]:
     """Start, end and content of the outermost JSON values of a text that hold a mark."""
-    found, place = [], 0
+    found: list[tuple[int, int, Any]] = []
+    place = 0
     while True:
         starts = [start for start in (text.find("{", place), text.find("[", place)) if start >= 0]
         if not starts:

@@ -33,6 +33,7 @@ from lora_tune.model.source import find_base
 from lora_tune.recipe import Base
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+EXAMPLE = Path(__file__).resolve().parents[1] / "adapters" / "example"
 OURS = ("canonical", "vllm", "sglang", "mlx", "merged")
 OTHER_WORDS = tiny.CHATML.replace("\\n' + (message", "\\n\\n' + (message")
 ROWS = [
@@ -158,12 +159,10 @@ def test_merged_answers_as_the_adapter(adapter: Path, tiny_base: Path, tmp_path:
     assert found.kl < 1e-6 and facts["candidates"]["stored"]["kl"] < 1e-6
 
 
-def test_merged_too_far_leaves_nothing(tiny_base: Path, tmp_path: Path, capsys: Any) -> None:
-    finished.write_finished(tmp_path / "in", tiny_base, quantize="nf4")
-    code, facts = _export(
-        tmp_path / "in", "merged", tmp_path / "new" / "out", tiny_base, "--max-kl", "0", capsys=capsys
-    )
-    assert code == 1 and "nats (KL)" in facts["problems"][0]["reason"] and not list((tmp_path / "new").iterdir())
+def test_merged_too_far_leaves_nothing(tmp_path: Path, capsys: Any) -> None:
+    command = ["export", str(EXAMPLE), "--to", "merged", "--output", str(tmp_path / "new" / "out"), "--max-kl", "0"]
+    assert main(command) == 1
+    assert "nats (KL)" in capsys.readouterr().err and not list((tmp_path / "new").iterdir())
 
 
 # ----- strangers' folders -----
@@ -220,6 +219,34 @@ def test_an_architecture_that_mlx_calls_otherwise_is_refused(
     (base / "config.json").write_text(json.dumps({**config, "model_type": "olmo"}))
     code, facts = _export(adapter, "mlx", tmp_path / "out", base, capsys=capsys)
     assert code == 1 and "--to merged" in facts["problems"][0]["fix"]
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, 0),  # what mlx-lm takes anyway
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}, 1),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}, 1),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "rope_theta": 500000.0}, 0),
+    ],
+)
+def test_positions_that_mlx_would_not_read_are_refused(
+    config: dict[str, Any], code: int, adapter: Path, tiny_base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    base = Path(shutil.copytree(tiny_base, tmp_path / "other"))
+    content = json.loads((base / "config.json").read_text())
+    content.pop("rope_theta")
+    (base / "config.json").write_text(json.dumps(content | config))
+    found, facts = _export(adapter, "mlx", tmp_path / "out", base, capsys=capsys)
+    assert found == code and (code == 0 or "rope_theta" in facts["problems"][0]["fix"])
+
+
+def test_a_merged_configuration_keeps_the_names_of_its_base(tiny_base: Path, adapter: Path, tmp_path: Path) -> None:
+    assert (
+        main(["export", str(adapter), "--to", "merged", "--output", str(tmp_path / "o"), "--base", str(tiny_base)]) == 0
+    )
+    base, merged = (json.loads((folder / "config.json").read_text()) for folder in (tiny_base, tmp_path / "o"))
+    assert merged["rope_theta"] == base["rope_theta"] == merged["rope_parameters"]["rope_theta"]
 
 
 def test_an_unknown_target_names_the_known_ones(adapter: Path, tmp_path: Path, capsys: Any) -> None:
@@ -293,15 +320,14 @@ def test_control_tokens_in_words_are_left_out_and_counted(adapter: Path) -> None
 
 
 def test_the_runs_own_held_out_rows_are_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    example = Path(__file__).resolve().parents[1] / "adapters" / "example"
-    chat = chat_of_folder(example)
-    monkeypatch.chdir(example.parents[1])
-    found = held_out_conversations(example, chat, rows=5)
+    chat = chat_of_folder(EXAMPLE)
+    monkeypatch.chdir(EXAMPLE.parents[1])
+    found = held_out_conversations(EXAMPLE, chat, rows=5)
     assert [one.file == FIXED[0].file for one in found] == [False] * 5 + [True] * 3
     lines = {one.line for one in found[:5]}
     assert len(lines) == 5 and max(lines) > 300  # spread over the 600 rows of the file
     monkeypatch.chdir(tmp_path)
-    assert len(held_out_conversations(example, chat, rows=5)) == 3
+    assert len(held_out_conversations(EXAMPLE, chat, rows=5)) == 3
 
 
 def test_the_manifest_of_a_copy_has_its_own_hashes(adapter: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from lora_tune.adapter.folder import (
 )
 from lora_tune.adapter.lora_config import LoraSettings, check_config, read_settings
 from lora_tune.adapter.regular_file import read_json_object, regular_file
+from lora_tune.adapter.target_pattern import pattern_problem
 from lora_tune.adapter.tensor_file import TensorEntry, read_header, worst_value
 from lora_tune.adapter.words import check_tokenizer, differs
 from lora_tune.errors import CheckFailed, Problem
@@ -142,7 +143,31 @@ def _no_unknown_files(subject: Subject) -> Iterator[Problem]:
 def _config_fields(subject: Subject) -> Iterator[Problem]:
     subject.content = read_json_object(subject.folder / CONFIG, max_bytes=CONFIG_BYTES)
     for problem in check_config(subject.content):
+        found = _pattern_problem(subject) if problem.key == "target_modules" else None
+        if found is not None:
+            yield found
+            continue
         yield Problem(problem.reason, problem.fix or "use an adapter without it", subject.at(CONFIG), key=problem.key)
+
+
+def _pattern_problem(subject: Subject) -> Problem | None:
+    """For a regular expression as targets: the list of modules that it would match, of the base or of the tensors."""
+    pattern = subject.content.get("target_modules")
+    if not isinstance(pattern, str) or not pattern:
+        return None
+    return pattern_problem(pattern, _modules_at_hand(subject), where=subject.at(CONFIG))
+
+
+def _modules_at_hand(subject: Subject) -> list[str]:
+    """The base's matrices where it is at hand, else the modules that the adapter's own tensors name."""
+    if subject.shapes is not None:
+        return sorted(name.removesuffix(".weight") for name, shape in subject.shapes.items() if len(shape) == 2)
+    try:
+        regular_file(subject.folder / WEIGHTS)
+        header = read_header(subject.folder / WEIGHTS)
+    except CheckFailed:
+        return []  # a later run of the checks says what is wrong with it
+    return sorted({key.removeprefix(keys.PREFIX).rpartition(".lora_")[0] for key in header if ".lora_" in key})
 
 
 def _manifest(subject: Subject) -> Iterator[Problem]:
@@ -189,6 +214,10 @@ def _header(subject: Subject) -> Iterator[Problem]:
 def _tensor_names(subject: Subject) -> Iterator[Problem]:
     """Exactly the keys and shapes that configuration and base imply: any other may overwrite the base's tensors."""
     where, header, settings = subject.at(WEIGHTS), subject.header, subject.known_settings()
+    if experts := keys.expert_keys(header):
+        reason = f"not supported: {len(experts)} tensors on single experts, which are one tensor in memory"
+        yield Problem(f"{reason}: {_list(experts)}", "use an adapter of the attention layers", where)
+        return
     if subject.shapes is None:
         yield from _tensor_pairs(subject)
         return

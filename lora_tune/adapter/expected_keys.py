@@ -9,7 +9,7 @@ for trained tokens `….token_adapter.trainable_tokens_delta` (tokens, width).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_tune.adapter.lora_config import LoraSettings, names_module
@@ -74,6 +74,11 @@ def unmatched_names(settings: LoraSettings, shapes: Shapes) -> list[tuple[str, s
 def optional_modules(expected: Shapes) -> frozenset[str]:
     """Keys of experts: transformers holds them as one fused tensor in memory, where no adapter sits on a single one."""
     return frozenset(key for key in expected if _EXPERT.search(key))
+
+
+def expert_keys(header: Iterable[str]) -> list[str]:
+    """Tensors of an adapter that sit on single experts (Mixtral, DeepSeek, Qwen-MoE), which nothing here can load."""
+    return sorted(key for key in header if _EXPERT.search(key))
 
 
 def is_target(settings: LoraSettings, module: str) -> bool:

@@ -175,14 +175,14 @@ def _parting(
         f"{list(found.trained)} ({str(read(list(found.trained)))!r}), got {list(found.given)} "
         f"({str(read(list(found.given)))!r})"
     )
-    return [Problem(reason, "merge it with its own template: lora-tune merge, or another target")]
+    return [Problem(reason, "export it --to merged, which brings its own template, or to another target")]
 
 
 def _no_stop(chat: ChatTemplate, end: int, stop_ids: Collection[int], *, target: str) -> Problem:
     name = chat.tokenizer.convert_ids_to_tokens
     stops = ", ".join(f"{name(int(token))!r} ({token})" for token in stop_ids) or "none"
     reason = f"training ends an answer with {name(end)!r} ({end}), where {target} does not stop; it stops at {stops}"
-    return Problem(reason, "its answers would not end: merge it, or another target")
+    return Problem(reason, "its answers would not end: export it --to merged, or to another target")
 
 
 def _place(conversation: Conversation) -> str:

@@ -159,6 +159,15 @@ def _expert_problem(problem: Problem, shapes: Mapping[str, Any]) -> Problem:
     )
 
 
+def adapted_experts(targets: Iterable[str]) -> list[Problem]:
+    """A base that holds each expert as layers of its own: an adapter on all of them is refused before it is made."""
+    experts = [module for module in targets if _EXPERT in module]
+    if not experts:
+        return []
+    reason = f"{len(experts)} layers of single experts would get an adapter, such as {experts[0]}"
+    return [Problem(reason, "name the attention layers, such as [q_proj, v_proj]", key="lora.targets")]
+
+
 def _prefixes(tensor_name: str) -> list[str]:
     parts = tensor_name.split(".")[:-1]
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]

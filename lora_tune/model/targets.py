@@ -40,6 +40,7 @@ def named_modules(model: PreTrainedModel, lora: Lora, *, source: BaseSource, bas
     refused = (*base_fit.HEADS, *base_fit.EMBEDDINGS)  # have a message of their own
     problems += base_fit.unmatched("lora.targets", [name for name in targets if end_of(name) not in refused], linear)
     adapted = {name: linear[name] for target in targets for name in matches(target, linear)}
+    problems += base_fit.adapted_experts(adapted)
     problems += base_fit.unmatched("lora.rank_pattern", lora.rank_pattern, adapted)
     problems += base_fit.unmatched("lora.alpha_pattern", lora.alpha_pattern, adapted)
     names = [name for name, _ in model.named_modules()]

@@ -26,7 +26,7 @@ EXAMPLE = VllmDeployment(
         {name: f"{ADAPTERS}/{name}" for name in ("alpaca", "support")},
         rank=16,
         revision="d149729398750b98c0af14eb82c78cfe92750796",
-        template=f"{ADAPTERS}/alpaca/chat_template.jinja",
+        tokenizer=f"{ADAPTERS}/alpaca",
         dtype="bfloat16",
     )
 )

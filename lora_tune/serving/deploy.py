@@ -27,7 +27,7 @@ _USER = 2000  # no root in the containers; a number, so that Kubernetes can chec
 class VllmDeployment:
     """What is deployed. Adapter folders lie in `folder` (compose: on the machine) or in the claim of that name.
 
-    `served` holds paths inside the containers: adapters and template below `ADAPTERS`, the base as its hub id.
+    `served` holds paths inside the containers: adapters and tokenizer below `ADAPTERS`, the base as its hub id.
     """
 
     served: Served

@@ -20,7 +20,8 @@ class Served:
     """What an engine is to serve. Paths are those that the engine sees.
 
     `base` is a hub id or a folder, `name` what requests call it; `adapters` are {name: folder}. `rank` is the largest
-    of all adapters, `template` a Jinja file, needed where training did not use the base's own.
+    of all adapters. `tokenizer` is a folder with the words of training, needed where they are not the base's own;
+    `template` is a Jinja file instead, where only the template differs, and for llama.cpp, whose base is a GGUF file.
     """
 
     base: str
@@ -28,6 +29,7 @@ class Served:
     adapters: Mapping[str, str] = field(default_factory=dict)
     rank: int = 16
     revision: str | None = None
+    tokenizer: str | None = None
     template: str | None = None
     dtype: str | None = None
     context: int | None = None
@@ -36,10 +38,12 @@ class Served:
 def vllm_arguments(served: Served, *, host: str, port: int) -> list[str]:
     """What stands behind `vllm serve`. Raises: CheckFailed where a rank is larger than vLLM takes."""
     words = [served.base, "--served-model-name", served.name, "--host", host, "--port", str(port)]
-    words += ["--revision", served.revision, "--tokenizer-revision", served.revision] if served.revision else []
+    words += ["--revision", served.revision] if served.revision else []
+    words += ["--tokenizer", served.tokenizer] if served.tokenizer else []
+    words += ["--chat-template", served.template] if served.template and not served.tokenizer else []
+    words += ["--tokenizer-revision", served.revision] if served.revision and not served.tokenizer else []
     words += ["--dtype", served.dtype] if served.dtype else []
     words += ["--max-model-len", str(served.context)] if served.context else []
-    words += ["--chat-template", served.template] if served.template else []
     if served.adapters:
         together = str(min(len(served.adapters), MOST_IN_A_BATCH))
         words += ["--enable-lora", "--max-lora-rank", str(vllm_rank(served.rank)), "--max-loras", together]
@@ -54,7 +58,8 @@ def sglang_arguments(served: Served, *, host: str, port: int) -> list[str]:
     words += ["--revision", served.revision] if served.revision else []
     words += ["--dtype", served.dtype] if served.dtype else []
     words += ["--context-length", str(served.context)] if served.context else []
-    words += ["--chat-template", served.template] if served.template else []
+    words += ["--tokenizer-path", served.tokenizer] if served.tokenizer else []
+    words += ["--chat-template", served.template] if served.template and not served.tokenizer else []
     if served.adapters:
         together = str(min(len(served.adapters), MOST_IN_A_BATCH))
         words += ["--enable-lora", "--max-lora-rank", str(served.rank), "--max-loras-per-batch", together]

@@ -15,7 +15,7 @@ export class Answer {
 
   // Streams the answer; `onText` gets every piece. Ends in a state, never with an exception of the server's.
   async run(signal, onText) {
-    Object.assign(this, { text: '', state: 'running', finish: null, usage: null, failure: null });
+    Object.assign(this, { text: '', state: 'waiting', finish: null, usage: null, failure: null });
     const start = performance.now();
     this.firstMs = this.tokensPerSecond = null;
     let first = null, last = null;
@@ -26,6 +26,7 @@ export class Answer {
           last = performance.now();
           first ??= last;
           this.firstMs ??= last - start;
+          this.state = 'running';
           this.text += piece;
           onText(piece);
         }

@@ -105,7 +105,7 @@ class Card {
     const done = this.answer.run(signal, piece => {
       if (!waiting) requestAnimationFrame(flush);
       waiting += piece;
-      this.element.dataset.state = 'running';
+      if (this.element.dataset.state !== 'running') this.update();
     });
     this.update();
     await done;
@@ -131,7 +131,8 @@ class Card {
   // What is known of the answer, in one line.
   said() {
     const { state, finish, usage, firstMs, tokensPerSecond } = this.answer;
-    if (state === 'waiting' || state === 'running') return 'answering…';
+    if (state === 'waiting') return 'waiting for the first word…';
+    if (state === 'running') return 'answering…';
     const facts = [];
     if (state === 'stopped') facts.push('stopped');
     if (state === 'done' && finish) facts.push(ENDS[finish] ?? finish);

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lora_tune.errors import Interrupted, Problem, UsageError
+from lora_tune.errors import Problem, UsageError
 from lora_tune.interrupts import handled_by, signal_name
 from lora_tune.serving.adapter_names import named_folders
 from lora_tune.serving.settings import TOKEN_VARIABLE, Caps, ServeSettings, is_loopback
@@ -32,6 +32,7 @@ app = typer.Typer(help="Serve adapters over one base, with OpenAI's API.", add_c
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 _TOKEN_LENGTH = 16
 _CAPS = Caps()
+_BACKLOG = 1024
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def serve(
             backend = LocalBackend.start(
                 base, adapters=adapters, limits=Limits(**given), trust_remote_code=trust_remote_code
             )
+        listening.listen(_BACKLOG)  # whoever reads the address may connect at once
         _announce(backend, listening, settings, shown=shown)
         return asyncio.run(_serve(backend, listening, settings))
     finally:
@@ -200,9 +202,9 @@ def command(
         shown={"json": as_json},
         trust_remote_code=trust_remote_code,
     )
-    messages().print("the server has stopped")
-    if number:
-        raise Interrupted(number, f"stopped by {signal_name(number)}: running answers have ended")
+    ended = f"stopped by {signal_name(number)}: running answers have ended" if number else "the server has stopped"
+    messages().print(ended)
+    raise typer.Exit(128 + number if number else 0)
 
 
 if __name__ == "__main__":

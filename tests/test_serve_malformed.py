@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import sys
@@ -53,7 +54,8 @@ def place(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     one = write_adapter(folder / "one", tiny_base, seed=1)
     backend = LocalBackend.start(base_section(tiny_base), adapters={"one": one}, limits=Limits(rows=4, queue=8))
     free = ServeSettings(caps=CAPS, loading=root)
-    with serving(backend, free, replace(free, token=TOKEN), replace(free, loading=None)) as servers:
+    off = replace(free, loading=None, caps=replace(CAPS, connections=6))
+    with serving(backend, free, replace(free, token=TOKEN), off) as servers:
         yield Place(servers, root, backend)
 
 
@@ -419,6 +421,19 @@ def test_answers_that_nobody_reads_end(place: Place) -> None:
     with connection, pytest.raises(OSError):  # its buffers are full, then the server closes
         for _ in range(200_000):
             connection.sendall(ask * 10)
+
+
+def test_connections_beyond_the_cap_are_closed_and_the_others_answered(place: Place) -> None:
+    first = [place.off.raw() for _ in range(6)]
+    wait_until(lambda: len(place.off.server.server_state.connections) == 6)
+    ask = b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    said = b""
+    with contextlib.suppress(OSError):  # closed, or reset while it asks
+        said = closed(place.off.raw(ask))
+    assert said == b""
+    for connection in first:
+        connection.sendall(ask)
+    assert [reply_of(closed(connection)).status for connection in first] == [200] * 6
 
 
 def wait_until(holds: Callable[[], bool]) -> None:

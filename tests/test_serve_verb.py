@@ -118,12 +118,15 @@ def test_under_load_a_signal_ends_it_without_half_answers(folders: dict[str, Pat
     ]
     for client in clients:
         client.start()
-    while len(replies) < 2 and process.poll() is None:
+    while len(replies) < 2 and any(client.is_alive() for client in clients):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     for client in clients:
         client.join(timeout=60)
-    out, err = process.communicate(timeout=60)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 128 + signal.SIGTERM
     assert len(replies) == len(clients)
     assert {reply.status for reply in replies} == {200, 503}

@@ -31,6 +31,7 @@ app = typer.Typer(help="Files that cluster engines take: trainings, and replicas
 Target = Literal["slurm", "kubeflow", "skypilot", "dstack", "ray", "compose", "kubernetes"]
 _MOUNTED = ("kubeflow", "skypilot", "dstack")  # engines whose storage is mounted at STORAGE
 _SERVING = ("compose", "kubernetes")
+_SAID = ("output", "hardware.processes", "hardware.nodes")  # keys that the job says itself
 
 
 @app.command()
@@ -40,8 +41,10 @@ def command(
     ],
     on: Annotated[Target | None, typer.Option("--on", help="The engine; of --serve both files without it.")] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve adapters by vLLM instead of training.")] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines; with --serve replicas.")] = 1,
-    cards: Annotated[int, typer.Option(min=1, help="Cards of each.")] = 1,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines, else what hardware: says; with --serve replicas.")
+    ] = None,
+    cards: Annotated[int | None, typer.Option(min=1, help="Cards of each, else what hardware: says.")] = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="The cards' name, as the engine calls it.")] = None,
     image: Annotated[str | None, typer.Option(metavar="NAME", help="A container image with lora_tune in it.")] = None,
     setup: Annotated[
@@ -62,8 +65,8 @@ def command(
     if serve:
         if on is not None and on not in _SERVING:
             raise UsageError(f"--serve is rendered for {' or '.join(_SERVING)}, got {on!r}", "leave --on out for both")
-        written = _write_serving([Path(name) for name in names], on=on, replicas=nodes, cards=cards, storage=storage,
-                                 output=output)  # fmt: skip
+        folders = [Path(name) for name in names]
+        written = _write_serving(folders, on=on, replicas=nodes or 2, cards=cards or 1, storage=storage, output=output)
         _conclude(written, as_json="yes" if as_json else "no")
         return
     if on is None or on in _SERVING:
@@ -71,11 +74,14 @@ def command(
     path, *overrides = names
     file = read_recipe(Path(path), overrides=overrides)
     engine: Engine = on  # type: ignore[assignment]
+    hardware = file.recipe.hardware
+    each = cards or (hardware.processes if hardware.processes != "auto" else 1)
     job = Job(
         name=job_name(file.recipe.output), recipe=_sent_path(file), recipe_text=file.text,
-        output=_output(file.recipe, engine, storage), overrides=tuple(overrides), nodes=nodes, cards=cards, gpu=gpu,
-        image=image, setup=setup, storage=storage, seconds=_seconds(time),
-        machines="spot" if spot else "lasting", secrets=tuple(secret or ()),
+        output=_output(file.recipe, engine, storage),
+        overrides=tuple(one for one in overrides if one.partition("=")[0] not in _SAID),
+        nodes=nodes or hardware.nodes, cards=each, gpu=gpu, image=image, setup=setup, storage=storage,
+        seconds=_seconds(time), machines="spot" if spot else "lasting", secrets=tuple(secret or ()),
     )  # fmt: skip
     _conclude(_write_job(file, job, engine, output), as_json="yes" if as_json else "no", problems=file.warnings)
 

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 
 from lora_tune.adapter.checks import Subject, run_checks
+from lora_tune.adapter.expected_keys import PREFIX
 from lora_tune.adapter.folder import CONFIG, WEIGHTS
 from lora_tune.errors import CheckFailed, Problem
 from lora_tune.model.base import fit_embeddings
@@ -66,6 +67,8 @@ def attach_saved(model: PreTrainedModel | PeftModel, saved: SavedAdapter, *, nam
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     _make_room(cast("PreTrainedModel", base), saved.config.get("trainable_token_indices"))
     settings = {key: saved.config[key] for key in _SETTINGS if saved.config.get(key) is not None}
+    if settings.get("target_modules") == "all-linear":
+        settings["target_modules"] = _updated_modules(saved.tensors)
     config = LoraConfig(task_type="CAUSAL_LM", inference_mode=True, lora_dropout=0.0, **settings)
     devices = [device for device in {parameter.device for parameter in model.parameters()} if device.type == "cuda"]
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():  # PEFT draws A, which is overwritten below
@@ -108,6 +111,11 @@ def detach(model: PeftModel, name: str) -> None:
         model.delete_adapter(name)
 
 
+def _updated_modules(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The modules that the tensors name. PEFT's own `all-linear` takes in heads that other adapters have wrapped."""
+    return sorted({key.removeprefix(PREFIX).partition(".lora_")[0] for key in tensors if ".lora_" in key})
+
+
 def _make_room(model: PreTrainedModel, trained: Mapping[str, list[int]] | list[int] | None) -> None:
     """Rows of the embedding for new tokens, as at training; they must follow the base's own."""
     ids = {index for part in (trained.values() if isinstance(trained, Mapping) else [trained or []]) for index in part}
@@ -117,7 +125,12 @@ def _make_room(model: PreTrainedModel, trained: Mapping[str, list[int]] | list[i
             f"trains token {max(ids)}, but the base has {rows} rows of embeddings and {len(ids)} tokens are trained"
         )
         raise CheckFailed(Problem(reason, "give the base of this adapter", CONFIG, key="trainable_token_indices"))
-    fit_embeddings(model, max(ids, default=-1) + 1)
+    needed = max(ids, default=-1) + 1
+    holders = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if needed > rows and not all(type(one) in (torch.nn.Embedding, torch.nn.Linear, type(None)) for one in holders):
+        reason = "adds tokens to the base, but an adapter beside it holds the embeddings or the head as they were"
+        raise CheckFailed(Problem(reason, "load it before the others, or by itself", CONFIG))
+    fit_embeddings(model, needed)
 
 
 def live_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -131,7 +144,7 @@ def live_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _put(model: PeftModel, tensors: Mapping[str, torch.Tensor], *, name: str) -> None:
     """Give every tensor of the adapter, shapes as in the file, to the one parameter that it belongs to."""
-    slots = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    slots = _slots(model, name)
     missing, extra = sorted(slots.keys() - tensors.keys()), sorted(tensors.keys() - slots.keys())
     for fault, keys in (("is missing", missing), ("has no place in this base", extra)):
         if keys:
@@ -145,6 +158,16 @@ def _put(model: PeftModel, tensors: Mapping[str, torch.Tensor], *, name: str) ->
             reason = f"{key} must have the shape {list(parameter.shape)}, got {list(tensor.shape)}"
             raise CheckFailed(Problem(reason, "give the base of this adapter", WEIGHTS))
         parameter.data = tensor.to(parameter.device)
+
+
+def _slots(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
+    """The parameters of one adapter on a model, by their names in a file."""
+    try:
+        return dict(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    except KeyError:  # PEFT 0.21 asks each adapter for trained tokens where one of them has some
+        own = {key: tensor for key, tensor in model.named_parameters() if name in key.split(".")}
+        plain = {key.replace(f".{name}", "").replace(".modules_to_save.", "."): one for key, one in own.items()}
+        return {key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): one for key, one in plain.items()}
 
 
 def _refuse(problems: list[Problem]) -> None:

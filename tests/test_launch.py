@@ -77,7 +77,7 @@ def test_skypilot_reads_its_file(kind: str, tmp_path: Path) -> None:
     sky = pytest.importorskip("sky")
     path = tmp_path / "task.yaml"
     path.write_text(render(JOBS[kind], "skypilot"))
-    task = sky.Task.from_yaml(str(path), secrets_overrides=[(name, "x") for name in JOBS[kind].secrets])
+    task = sky.Task.from_yaml(str(path))
     (resources,) = task.resources
     assert task.num_nodes == JOBS[kind].nodes and resources.accelerators == {"H100": JOBS[kind].cards}
     assert resources.use_spot == (JOBS[kind].machines == "spot")

@@ -64,23 +64,27 @@ def test_the_modelfile_says_what_training_said(
         with_bos(base)
     rows = [
         {"messages": [{"role": "user", "content": " a\n\n"}, {"role": "assistant", "content": "b"}]},
-        {"messages": [{"role": role, "content": f"{role} ä\t1"} for role in ("system", "user", "assistant") * 1]},
+        {"messages": [{"role": role, "content": f"{role} ä\t1"} for role in ("system", "user", "assistant")]},
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert exported(base, tmp_path, "--data", str(tmp_path / "rows.jsonl"), "--json") == 0
+    merged = template == tiny.CHATML
+    to = "ollama" if merged else "ollama-adapter"
+    assert exported(base, tmp_path, "--data", str(tmp_path / "rows.jsonl"), "--json", "--to", to) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["parity"]["rows"] == 5 and facts["parity"]["left_out"] == 0 and facts["tokens_by"]
     out = tmp_path / "out"
-    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", "model.gguf"]
+    files = ["model.gguf"] if merged else ["adapter.gguf", "base.gguf"]
+    assert sorted(path.name for path in out.iterdir()) == ["Modelfile", *files]
     file = read_modelfile((out / "Modelfile").read_text(encoding="utf-8"))
-    assert file.model == "./model.gguf" and not file.adapter and file.stops == ("<|im_end|>",)
+    assert (file.model, file.adapter) == (("./model.gguf", "") if merged else ("./base.gguf", "./adapter.gguf"))
+    assert file.stops == ("<|im_end|>",)
     assert file.system == ("Be brief." if template == DEFAULT else "")
     assert ("<|endoftext|>" in file.template) == (bos == "text")
 
 
 def test_a_changed_template_is_noticed(tiny_base: Path, tmp_path: Path) -> None:
     """The comparison can fail: one newline less in the Modelfile, one stop token less, and it says where."""
-    assert exported(tiny_base, tmp_path) == 0
+    assert exported(tiny_base, tmp_path, "--to", "ollama-adapter") == 0
     text = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
     chat = chat_of_folder(tmp_path / "adapter")
     words = llama_tokenizer(gguf_tokenizer(chat, rows=260), chat)
@@ -101,10 +105,10 @@ def test_a_template_that_go_cannot_say_leaves_nothing_behind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tiny.write_base(tmp_path / "base", chat_template=REWRITES)
-    assert exported(base, tmp_path) == 1
+    assert exported(base, tmp_path, "--to", "ollama-adapter") == 1
     assert "cannot be said in Go's template language: a chat of user: at character" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["adapter", "base"]
-    assert exported(base, tmp_path, "--to", "gguf-merged") == 0  # llama.cpp runs the base's own
+    assert exported(base, tmp_path, "--to", "gguf") == 0  # llama.cpp runs the base's own
 
 
 def test_tools_in_the_data_are_refused(tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +120,7 @@ def test_tools_in_the_data_are_refused(tiny_base: Path, tmp_path: Path, capsys: 
         {"role": "assistant", "content": "c"},
     ]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    assert exported(tiny_base, tmp_path, "--data", str(tmp_path / "rows.jsonl")) == 1
+    more = ("--data", str(tmp_path / "rows.jsonl"), "--to", "ollama-adapter")
+    assert exported(tiny_base, tmp_path, *more) == 1
     assert "tools and reasoning have no place in the Modelfile's template" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ and the true scale of every module stands in its B. The rows of B change places 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,11 @@ from lora_tune.model.gguf_architecture import Rearrange, Shape, row_order, shape
 from lora_tune.model.gguf_file import Kind, Tensor, Value, f32, write_gguf
 from lora_tune.model.methods import SavedAdapter
 from lora_tune.model.source import BaseSource
-from lora_tune.model.streaming import sketch, stored_names
+from lora_tune.model.streaming import sketch
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from lora_tune.adapter.export_job import Dtype
 
@@ -40,8 +41,9 @@ def write_gguf_adapter(folder: Path, output: Path, *, source: BaseSource, dtype:
     llama.cpp computes otherwise; UsageError where the package gguf is not installed.
     """
     form = canonical(read_adapter(folder), dtype=dtype)
-    shape = shape_of(sketch(source).config)
-    tensors = _tensors(form.adapter, shape, kind=_KINDS[dtype], tied=_tied(source))
+    model = sketch(source)
+    shape, shared = shape_of(model.config), frozenset(_tied(model))
+    tensors = _tensors(form.adapter, shape, kind=_KINDS[dtype], shared=shared)
     metadata: dict[str, Value] = {
         "general.type": "adapter",
         "general.name": folder.resolve().name,
@@ -58,12 +60,13 @@ def write_gguf_adapter(folder: Path, output: Path, *, source: BaseSource, dtype:
     }
 
 
-def _tied(source: BaseSource) -> bool:
-    names = stored_names(sketch(source), source) or {}
-    return len(set(names.values())) < len(names)
+def _tied(model: PreTrainedModel) -> Iterator[str]:
+    """The parameters that are one tensor with another one: embeddings and head of many bases."""
+    for name, other in model.all_tied_weights_keys.items():
+        yield from (name, other)
 
 
-def _tensors(saved: SavedAdapter, shape: Shape, *, kind: Kind, tied: bool) -> list[Tensor]:
+def _tensors(saved: SavedAdapter, shape: Shape, *, kind: Kind, shared: frozenset[str]) -> list[Tensor]:
     """Every A and B of a canonical adapter under llama.cpp's names."""
     found = [
         (match["module"], match["part"], tensor)
@@ -75,7 +78,7 @@ def _tensors(saved: SavedAdapter, shape: Shape, *, kind: Kind, tied: bool) -> li
     for module, part, tensor in sorted(found, key=lambda one: one[:2]):
         parameter = f"{module}.weight"
         name = names[parameter]
-        if tied and name.startswith(("token_embd", "output.")):
+        if parameter in shared:
             reason = f"not supported in a GGUF adapter: {module}, which the base shares with another layer"
             raise CheckFailed(Problem(reason, "merge it: lora-tune merge"))
         is_b = part in ("B.weight", "embedding_B")

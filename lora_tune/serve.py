@@ -10,6 +10,7 @@ import asyncio
 import os
 import sys
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -150,6 +151,60 @@ def _folder(path: Path | None, option: str) -> Path | None:
     return path
 
 
+class EngineChoice(StrEnum):
+    """Engines that serve adapters."""
+
+    local = "local"
+    vllm = "vllm"
+    sglang = "sglang"
+    llama_cpp = "llama.cpp"
+
+
+class StartChoice(StrEnum):
+    """What is done with another engine's command: it is printed, started and checked, or only checked."""
+
+    print = "print"
+    start = "start"
+    check = "check"
+
+
+@dataclass(frozen=True)
+class _Engine:
+    name: str
+    program: Path | None
+    folder: Path
+    start: str
+    wait_s: float
+
+
+def _other_engine(
+    engine: _Engine,
+    adapters: dict[str, Path],
+    base: Base,
+    address: Address,
+    *,
+    token: str | None,
+    shown: dict[str, Any],
+) -> None:
+    """Print, or start and check, another engine for these adapters (serving/serve_engine.py)."""
+    from lora_tune.serving.engines import Wanted
+    from lora_tune.serving.serve_engine import Start, serve_engine
+
+    if address.port == 0:
+        raise UsageError("another engine needs a port, got 0", "give --port")
+    wanted = Wanted(engine.folder, address.host, address.port, engine.program, token)
+    say = (lambda line: None) if shown["json"] else _say
+    start = Start(engine.start, engine.wait_s)  # type: ignore[arg-type]
+    facts = serve_engine(engine.name, adapters, base=base, wanted=wanted, start=start, say=say)  # type: ignore[arg-type]
+    if shown["json"]:
+        print_json({"exit_code": 0, **facts})
+
+
+def _say(line: str) -> None:
+    results().print(line)
+    sys.stdout.flush()
+
+
 @app.command("serve")
 def command(
     base: Annotated[str | None, typer.Option("--base", help="The base; by default the one of the adapters.")] = None,
@@ -158,9 +213,7 @@ def command(
     host: Annotated[str, typer.Option(help="Where to listen; another than this machine needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one, which is printed.")] = 8000,
     token: Annotated[str | None, typer.Option(help=f"Who asks must know it; better in {TOKEN_VARIABLE}.")] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="Hold the base in nf4, fp4, int8 or none instead of as in training.")
-    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="Hold the base in nf4, fp4, int8 or none.")] = None,
     allow_loading: Annotated[
         Path | None, typer.Option("--allow-loading", help="Load adapters below this folder when a request says so.")
     ] = None,
@@ -174,9 +227,12 @@ def command(
     max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of a request.")] = _CAPS.body_bytes,
     max_seconds: Annotated[float, typer.Option(min=1, help="Most seconds of a whole answer.")] = _CAPS.request_s,
     max_connections: Annotated[int, typer.Option(min=1, help="Most connections at once.")] = _CAPS.connections,
-    trust_remote_code: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Run the code that comes with this base; name its repository.")
-    ] = None,
+    trust_remote_code: Annotated[str | None, typer.Option(metavar="REPO", help="Run the code of this base.")] = None,
+    engine: Annotated[EngineChoice, typer.Option(help="Another engine than the embedded one.")] = EngineChoice.local,
+    start: Annotated[StartChoice, typer.Option(help="What is done with its command.")] = StartChoice.print,
+    engine_python: Annotated[Path | None, typer.Option(help="Its Python, or its command; else on PATH.")] = None,
+    engine_folder: Annotated[Path, typer.Option(help="Where exports for it go.")] = Path("served"),
+    engine_wait: Annotated[float, typer.Option(min=1, help="Seconds until it must answer.")] = 600.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when it serves.")] = False,
 ) -> None:
     """Serve adapters over one base, with OpenAI's API and a page to compare them. Ctrl-C or TERM end it in peace."""
@@ -193,6 +249,10 @@ def command(
 
         section, notes = served_base(folders, name=base, quantize=quantize, trust_remote_code=trust_remote_code)
     print_problems([] if as_json else notes)
+    if engine is not EngineChoice.local:
+        at = _Engine(engine.value, engine_python, engine_folder, start.value, engine_wait)
+        _other_engine(at, folders, section, Address(host, port), token=settings.token, shown={"json": as_json})
+        return
     number = serve(
         section,
         folders,

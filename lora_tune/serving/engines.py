@@ -83,8 +83,8 @@ class Words:
 class EngineCommand:
     """An engine that is ready to be started: its words, what is set besides, and what its start must then show.
 
-    `models` are the names that requests use, the base first; of them, those in `words` are compared. `health` is the
-    path that answers when it is ready.
+    `names` are {our name: what requests call it}, the base first; of them, those in `words` are compared. `health` is
+    the path that answers when it is ready.
     """
 
     engine: EngineName
@@ -92,7 +92,7 @@ class EngineCommand:
     environment: Mapping[str, str]
     url: str
     health: str
-    models: tuple[str, ...]
+    names: Mapping[str, str]
     words: Mapping[str, Words]
     notes: tuple[str, ...]
     token: str | None = field(default=None, repr=False)
@@ -145,7 +145,7 @@ def plan_engine(
         parts.environment,
         wanted.url,
         parts.health,
-        (source.name, *adapters),
+        parts.names,
         {name: one.words for name, one in exported.items()},
         (*notes, TESTED[engine]),
         wanted.token,
@@ -231,7 +231,7 @@ def _vllm(start: _Start) -> _Parts:
     program = _beside(start.wanted.program, "vllm")
     key = {"VLLM_API_KEY": start.wanted.token} if start.wanted.token else {}
     words = vllm_arguments(start.served, host=start.wanted.host, port=start.wanted.port)
-    return _Parts((program, "serve", *words), {**key, "VLLM_NO_USAGE_STATS": "1"}, "/health")
+    return _Parts((program, "serve", *words), {**key, "VLLM_NO_USAGE_STATS": "1"}, "/health", start.names)
 
 
 def _sglang(start: _Start) -> _Parts:
@@ -239,8 +239,11 @@ def _sglang(start: _Start) -> _Parts:
     if start.wanted.token:
         reason = "SGLang takes a token on its command line alone, where every user of the machine reads it"
         raise UsageError(reason, "serve it on 127.0.0.1 without a token, behind a proxy that asks for one")
-    words = sglang_arguments(start.served, host=start.wanted.host, port=start.wanted.port)
-    return _Parts((str(start.wanted.program or "python"), "-m", "sglang.launch_server", *words), {}, "/health")
+    served = replace(start.served, name=start.served.name.replace(":", "-"))  # a colon stands before an adapter's name
+    words = sglang_arguments(served, host=start.wanted.host, port=start.wanted.port)
+    program = str(start.wanted.program or "python")
+    names = {start.served.name: served.name} | {name: f"{served.name}:{name}" for name in served.adapters}
+    return _Parts((program, "-m", "sglang.launch_server", *words), {}, "/health", names)
 
 
 def _llama(start: _Start) -> _Parts:
@@ -269,9 +272,12 @@ def _llama(start: _Start) -> _Parts:
     if wanted.program is None or not wanted.program.name.startswith("python"):
         program = str(wanted.program or "llama-server")
         key = {"LLAMA_API_KEY": wanted.token} if wanted.token else {}
-        return _Parts((program, *llama_server_arguments(served, host=wanted.host, port=wanted.port)), key, "/health")
+        words = llama_server_arguments(served, host=wanted.host, port=wanted.port)
+        return _Parts((program, *words), key, "/health", start.names)
     config = _python_server(served, start)
-    return _Parts((str(wanted.program), "-m", "llama_cpp.server", "--config_file", str(config)), {}, "/v1/models")
+    return _Parts(
+        (str(wanted.program), "-m", "llama_cpp.server", "--config_file", str(config)), {}, "/v1/models", start.names
+    )
 
 
 def _python_server(served: Served, start: _Start) -> Path:
@@ -319,11 +325,16 @@ class _Start:
     source: BaseSource
     base: Base
 
+    @property
+    def names(self) -> dict[str, str]:
+        return {name: name for name in (self.served.name, *self.served.adapters)}
+
 
 class _Parts(NamedTuple):
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
     health: str
+    names: Mapping[str, str]
 
 
 _MAKERS: dict[EngineName, Callable[[_Start], _Parts]] = {"vllm": _vllm, "sglang": _sglang, "llama.cpp": _llama}

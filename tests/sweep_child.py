@@ -1,6 +1,6 @@
 """A stand-in for `lora-tune run` in tests of sweeps: the same files, exit codes and signals, in a fraction of a second.
 
-The held-out loss after each step is `rate * (1 + 1 / step)`; a rate of 9 fails, one of 8 is wrong data, one of 0.9 takes
+The held-out loss after each step is `rate * (1 + 1 / step)`; a rate of 9 fails, 8 is wrong data, one of 0.9 takes
 a minute a step. It goes on from the step that it was stopped at.
 """
 

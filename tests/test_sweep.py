@@ -225,6 +225,7 @@ def test_without_optuna_it_says_how_to_have_it(here: Path, capsys: Printed, monk
 
 
 @pytest.mark.nightly
+@pytest.mark.skipif("LORA_TUNE_ENGINES_REQUIRED" not in os.environ, reason="half a minute: make nightly")
 def test_real_runs_are_swept(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"instruction": f"Count to {n}.", "output": f"{n}, done."} for n in range(60)]

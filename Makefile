@@ -1,6 +1,7 @@
 # make quickstart   from a clean clone to a trained adapter: a virtual environment, the pinned packages, one run
 # make test         ruff, mypy and all tests in the same environment
 # make nightly      exported adapters executed in mlx-lm and llama.cpp, which it installs (llama.cpp builds for 15 minutes)
+# make soak         a server under load for MINUTES=30, adapters coming and going, one request in ten hostile
 # make faults       kills, damage, full disks and power cuts at every file operation; LORA_TUNE_CORPUS has the injector
 #
 # Needs Python 3.11 or newer with pip, and nothing else. pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS …) hold. A
@@ -40,6 +41,10 @@ nightly: $(VENV)/.installed-test
 # every fault of tests/faults at every file operation of a run (half an hour); goes on where it was interrupted
 faults: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m tests.faults.grid --workers $(WORKERS)
+
+# half an hour of everything at once against a real server; writes benchmarks/results/soak.md
+soak: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 $(PY) -m benchmarks.soak --minutes $(or $(MINUTES),30)
 
 lint: $(VENV)/.installed-test
 	$(PY) -m ruff check .

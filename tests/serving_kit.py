@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -86,3 +87,9 @@ async def ask(backend: Backend, model: str, prompt: Sequence[int], sampling: Sam
 async def ask_all(backend: Backend, asked: Sequence[tuple[str, Sequence[int], Sampling]]) -> list[Said]:
     """Ask everything at once."""
     return list(await asyncio.gather(*(ask(backend, *one) for one in asked)))
+
+
+def prompt(number: int) -> list[int]:
+    """Prompts of different lengths over the tokens of the tiny base, each by its number."""
+    draw = random.Random(number)
+    return [draw.randrange(4, 260) for _ in range(draw.randint(3, 50))]

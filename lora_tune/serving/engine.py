@@ -174,38 +174,44 @@ class Engine:
         )
 
     # ----- the thread -----
+    @torch.inference_mode()
     def _run(self) -> None:
-        while True:
+        state = "open"
+        while state != "closed":
             with self._changed:
                 while not self._has_work():
                     self._changed.wait()
                 calls, self._calls = self._calls, deque()
                 state = self._state
-            self._drop_cancelled()
-            self._remove_left()
             for work, done in calls:
                 self._do(work, done)
-            if state != "open":
-                self._refuse_waiting(state)
-            if state == "closed":
-                self._flush()
-                return
-            with torch.inference_mode():
-                self._admit()
-                for kind, batch in list(self._batches.items()):
-                    self._work(kind, batch)
+            try:
+                self._turn(state)
+            except Exception as error:  # a fault of the engine itself: who is in it must not wait for ever
+                self._batches.clear()
+                for row in list(self._live):
+                    self._fail(row, error)
             self._flush()
+
+    def _turn(self, state: str) -> None:
+        self._drop_cancelled()
+        self._remove_left()
+        if state != "open":
+            self._refuse_waiting(state)
+        self._admit()
+        for kind, batch in list(self._batches.items()):
+            self._work(kind, batch)
 
     def _has_work(self) -> bool:
         if self._state != "open" and not (self._live or self._waiting) and not self._drained.done():
             return True
-        return bool(
-            self._live or self._waiting or self._calls or self._leaving or self._state == "closed"
-        )
+        return bool(self._live or self._waiting or self._calls or self._leaving or self._state == "closed")
 
     def _do(self, work: Callable[[Runner], Any], done: Future[Any]) -> None:
         try:
-            done.set_result(work(self._runner))
+            with torch.inference_mode(False):  # what is put on the model are ordinary tensors
+                found = work(self._runner)
+            done.set_result(found)
         except Exception as error:
             done.set_exception(error)
 

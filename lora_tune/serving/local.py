@@ -102,9 +102,8 @@ class LocalBackend:
         backend = LocalBackend(source, base, engine=engine, words=words, served=served)
         backend._shapes = live_shapes(model)
         try:
-            for adapter, folder in adapters.items():
-                backend._check_name(adapter)
-                saved, found, facts = backend._read(folder)
+            read = [(adapter, *backend._read(backend._named(adapter, folder))) for adapter, folder in adapters.items()]
+            for adapter, saved, found, facts in sorted(read, key=lambda one: -len(_new_tokens(one[1]))):
                 done = engine.call(lambda runner, saved=saved: runner.attach(saved))  # type: ignore[misc]
                 backend._serve(adapter, found, facts, attached=done.result(), saved=saved)
         except BaseException:
@@ -199,6 +198,10 @@ class LocalBackend:
         await asyncio.sleep(0)  # what was handed over last is taken
 
     # ----- adapters -----
+    def _named(self, name: str, folder: Path) -> Path:
+        self._check_name(name)
+        return folder
+
     def _check_name(self, name: str) -> None:
         if not NAME.fullmatch(name):
             what = "small letters, digits, - and _, at most 64"
@@ -232,11 +235,15 @@ class LocalBackend:
         self, name: str, words: _Words, facts: dict[str, Any], *, attached: tuple[str, bool], saved: SavedAdapter
     ) -> None:
         base, (adapter, mixable) = self._served[self._name], attached
-        trained = saved.config.get("trainable_token_indices") or {}
-        new = [token for ids in (trained.values() if isinstance(trained, Mapping) else [trained]) for token in ids]
         about = ServedModel(name, self._name, int(time.time()), base.model.context, facts)
-        logits = max([base.logits, *(token + 1 for token in new)])
+        logits = max([base.logits, *(token + 1 for token in _new_tokens(saved))])
         self._served[name] = _Served(about, words, adapter, "shared batch" if mixable else "own batch", logits)
+
+
+def _new_tokens(saved: SavedAdapter) -> list[int]:
+    """The tokens that an adapter trains; some of them may have no row in the base."""
+    trained = saved.config.get("trainable_token_indices") or {}
+    return [token for ids in (trained.values() if isinstance(trained, Mapping) else [trained]) for token in ids]
 
 
 def _words(chat: ChatTemplate) -> _Words:

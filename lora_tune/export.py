@@ -23,6 +23,8 @@ from lora_tune.terminal import activity, print_json, print_problems, results, ru
 
 app = typer.Typer(help="Write an adapter in the layout of another engine.", add_completion=False)
 
+_MERGING = ("merged", "gguf-merged", "ollama")
+
 
 class Dtype(StrEnum):
     """Number formats of the tensors that are written."""
@@ -45,19 +47,24 @@ def command(
     ] = None,
     rows: Annotated[int, typer.Option(help="How many of them.", min=1)] = 16,
     dtype: Annotated[
-        Dtype, typer.Option(help="Number format; the rounding error is measured and shown.")
-    ] = Dtype.float32,
+        Dtype | None,
+        typer.Option(help="Number format, float32 if not given; the rounding error is measured and shown."),
+    ] = None,
     max_kl: Annotated[
-        float, typer.Option("--max-kl", help="Refuse a merged model beyond this divergence (nats).", min=0)
-    ] = 0.1,
+        float | None, typer.Option("--max-kl", help="Refuse a merged model beyond this divergence, 0.1 nats.", min=0)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write an adapter in the layout of another engine, proven to be fed the words that it was trained on."""
     if to not in TARGETS:
         raise UsageError(Problem(f"no such layout, got {to!r}", f"the layouts are {', '.join(TARGETS)}", key="--to"))
+    _refuse_idle(to, dtype=dtype, max_kl=max_kl)
     if output.exists():
         raise UsageError(Problem("is there already", "name a new folder", str(output), key="--output"))
-    job, problems = _prepare(folder, base_name=base, dtype=dtype, max_kl=max_kl, data=data)
+    number_format = dtype or Dtype.float32
+    job, problems = _prepare(
+        folder, base_name=base, dtype=number_format, max_kl=0.1 if max_kl is None else max_kl, data=data
+    )
     with activity(f"exporting {folder} as {to}"), new_folder(output) as scratch:
         written = TARGETS[to](job, scratch)
         words, notes = _compare_words(job, written, to=to, rows=rows)
@@ -69,6 +76,14 @@ def command(
     results().print(f"{output}: {_numbers(facts)}")
     for line in written.how:
         results().print(line.replace("{output}", str(output)))
+
+
+def _refuse_idle(to: str, *, dtype: Dtype | None, max_kl: float | None) -> None:
+    """Raises: UsageError for an option that this layout has no use for."""
+    if dtype is not None and to == "merged":
+        raise UsageError(Problem("a merged model keeps the number format of its base", "leave it out", key="--dtype"))
+    if max_kl is not None and to not in _MERGING:
+        raise UsageError(Problem(f"nothing is merged for {to}", "leave it out", key="--max-kl"))
 
 
 def _prepare(

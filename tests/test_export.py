@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from lora_tune.adapter.at_hand import chat_of_folder
 from lora_tune.adapter.canonical import canonical
-from lora_tune.adapter.export_mlx import SAME_NAMES
+from lora_tune.adapter.compat import MLX_ARCHITECTURES
 from lora_tune.adapter.export_targets import TARGETS
 from lora_tune.adapter.folder import CONFIG, MANIFEST
 from lora_tune.adapter.load import load_adapter, read_adapter
@@ -213,7 +213,7 @@ def test_a_rank_over_512_is_refused_for_vllm(tiny_base: Path, tmp_path: Path, ca
 def test_an_architecture_that_mlx_calls_otherwise_is_refused(
     adapter: Path, tiny_base: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    assert "gpt2" not in SAME_NAMES
+    assert "gpt2" not in MLX_ARCHITECTURES
     base = Path(shutil.copytree(tiny_base, tmp_path / "other"))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "olmo"}))
@@ -247,6 +247,17 @@ def test_a_merged_configuration_keeps_the_names_of_its_base(tiny_base: Path, ada
     )
     base, merged = (json.loads((folder / "config.json").read_text()) for folder in (tiny_base, tmp_path / "o"))
     assert merged["rope_theta"] == base["rope_theta"] == merged["rope_parameters"]["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("to", "option"),
+    [("merged", ("--dtype", "bfloat16")), ("vllm", ("--max-kl", "1")), ("canonical", ("--max-kl", "1"))],
+)
+def test_an_option_without_effect_is_refused(
+    to: str, option: tuple[str, str], adapter: Path, tiny_base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    code, facts = _export(adapter, to, tmp_path / "out", tiny_base, *option, capsys=capsys)
+    assert code == 2 and facts["problems"][0]["key"] == option[0] and not (tmp_path / "out").exists()
 
 
 def test_an_unknown_target_names_the_known_ones(adapter: Path, tmp_path: Path, capsys: Any) -> None:

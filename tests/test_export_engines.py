@@ -30,8 +30,8 @@ from transformers import (
 )
 
 from benchmarks.export_parity import in_mlx, in_transformers, largest
+from lora_tune.adapter.compat import MLX_ARCHITECTURES
 from lora_tune.adapter.expected_keys import expected_keys, module_shapes
-from lora_tune.adapter.export_mlx import SAME_NAMES
 from lora_tune.adapter.folder import CONFIG, WEIGHTS
 from lora_tune.adapter.lora_config import read_settings
 from lora_tune.cli import main
@@ -111,7 +111,7 @@ def _adapter(folder: Path, base: Path, changes: dict[str, Any]) -> Path:
 
 
 def test_every_architecture_is_executed() -> None:
-    assert set(MODELS) == set(SAME_NAMES)
+    assert set(MODELS) == set(MLX_ARCHITECTURES)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

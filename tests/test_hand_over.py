@@ -93,7 +93,7 @@ def test_every_rule_has_an_adapter_and_says_what_to_do() -> None:
     having: dict[str, Any] = {
         "rslora": True, "several_scales": True, "dora": True, "saved_modules": True, "trained_tokens": True,
         "embeddings_or_head": True, "some_layers": True, "fractional_alpha": True, "quantized_base": True,
-        "own_template": True, "architecture": "qwen2", "ranks": (4, 1024),
+        "own_template": True, "architecture": "gpt2", "ranks": (4, 1024),
     }  # fmt: skip
     plain = Traits(ranks=(16,), architecture="llama")
     assert not any(rule.holds(plain) for rule in RULES)

@@ -31,6 +31,8 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank takes; its default is 16."""
 _LORAX_RANKS = (16, 128)
 _OLLAMA_ARCHITECTURES = ("llama", "gemma2")
+MLX_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
+"""Those whose modules are called in MLX as in transformers; each was executed against PEFT."""
 _EMBEDDINGS_AND_HEADS = ("embed_tokens", "wte", "lm_head", "embed_out", "word_embeddings")
 _CANONICAL = "lora-tune export --to canonical"
 _MERGE = "lora-tune merge"
@@ -279,6 +281,11 @@ RULES: tuple[Rule, ...] = (
         "another architecture than llama or gemma2",
         lambda traits: traits.architecture is not None and traits.architecture not in _OLLAMA_ARCHITECTURES,
         {"ollama": Answer("refused", "converts adapters of llama and gemma2 only", "lora-tune export --to ollama")},
+    ),
+    Rule(
+        "an architecture that was not executed in mlx-lm",
+        lambda traits: traits.architecture is not None and traits.architecture not in MLX_ARCHITECTURES,
+        {"mlx": Answer("care", "may call its modules otherwise", "lora-tune export --to merged")},
     ),
 )
 """The matrix: what an adapter may have, and what each engine does with it."""

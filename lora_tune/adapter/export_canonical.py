@@ -86,7 +86,8 @@ def _write_for(engine: Engine, job: Job, scratch: Path) -> Written:
     else:
         render, stops = _base_words(job)
     shown = _command(engine, job, rank=rank, own=own, base_at=_typed_base(job), folder_at="{output}")
-    return Written({**facts, "engine": engine, "command": command, "notes": notes, "own_words": own}, render, stops, (*notes, shown))
+    facts |= {"engine": engine, "command": command, "notes": notes, "own_words": own}
+    return Written(facts, render, stops, (*notes, shown))
 
 
 def _refuse(engine: Engine, traits: Traits, job: Job) -> list[str]:

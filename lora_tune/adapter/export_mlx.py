@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_tune.adapter.compat import MLX_ARCHITECTURES
 from lora_tune.adapter.export_job import Job, Written
 from lora_tune.adapter.parity import Render
 from lora_tune.adapter.words import differs, template_text
@@ -20,8 +21,6 @@ from lora_tune.errors import CheckFailed, Problem
 if TYPE_CHECKING:
     import torch
 
-SAME_NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3")
-"""Architectures whose modules are called in MLX as in transformers; each was executed against PEFT."""
 _READS_ROPE_PARAMETERS = ("qwen3",)
 _DEFAULT_THETA = {"qwen2": 1_000_000}
 _KEY = re.compile(r"base_model\.model\.(?P<module>[A-Za-z0-9_.]+)\.lora_(?P<matrix>A\.weight|B\.weight|embedding_[AB])")
@@ -40,8 +39,10 @@ def write_mlx(job: Job, scratch: Path) -> Written:
 
     source, base = job.known_base()
     architecture = str(source.config.get("model_type"))
-    if architecture not in SAME_NAMES:
-        reason = f"not supported: the names of {architecture} in MLX are not known here, only {', '.join(SAME_NAMES)}"
+    if architecture not in MLX_ARCHITECTURES:
+        reason = (
+            f"not supported: the names of {architecture} in MLX are not known here, only {', '.join(MLX_ARCHITECTURES)}"
+        )
         raise CheckFailed(Problem(reason, "export it --to merged, which mlx-lm reads as well", str(job.folder)))
     _refuse_positions(architecture, source.config)
     form = canonical(read_adapter(job.folder), dtype=job.dtype)

@@ -89,7 +89,7 @@ class EngineCommand:
 
     engine: EngineName
     arguments: tuple[str, ...]
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(repr=False)
     url: str
     health: str
     names: Mapping[str, str]

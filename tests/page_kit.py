@@ -10,9 +10,11 @@ from test_report_browser import SIZES
 
 BASE = "builtin:quickstart"
 QUESTION = (
-    "Answer the question about the text.\n\nHefin carried a violet rope. Kotofa brought a green blanket. Sozo was the "
-    "sister of Kotofa.\n\nWho carried a violet rope?"
+    "Answer the question about the text.\n\nHefin carried a violet rope. He talked about a sister called Kemen. Kotofa "
+    "brought a green blanket. Sozo was the sister of Kotofa. Bidirel carried a blue wallet and was there with a sister "
+    "named Tanola.\n\nWho was the sister of Bidirel?"
 )
+"""A held-out row of the quickstart: the adapter answers `Tanola`, the base has that word among others."""
 SHORT = 12  # new tokens, where an answer need not be long
 
 

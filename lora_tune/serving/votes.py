@@ -22,7 +22,7 @@ from lora_tune.data.conversation import Message
 from lora_tune.disk import FULL
 from lora_tune.errors import ResourceError
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MOST_BYTES = 64 << 20  # of a file of votes
 _LOCK_S = 5.0
 

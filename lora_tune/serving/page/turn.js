@@ -71,6 +71,12 @@ export class TurnView {
   }
 }
 
+// How many of an answer's words no other answer has.
+function lonely(own, all) {
+  if (own === all) return 'altogether another answer';
+  return `${own ? number(own) : 'none'} of ${plural(all, 'word')} ${own === 1 ? 'stands' : 'stand'} only here`;
+}
+
 // A marked run, the white space before it left out of the mark.
 function marked(text) {
   const start = text.length - text.trimStart().length;
@@ -159,7 +165,7 @@ class Card {
     const count = same => runs.filter(run => run.same === same).reduce((sum, run) => sum + run.words, 0);
     const own = count(false), all = own + count(true);
     this.difference.hidden = false;
-    this.difference.textContent = twin ? `the same answer as ${twin.column + 1}` : `${own ? number(own) : 'none'} of ${plural(all, 'word')} ${own === 1 ? 'stands' : 'stand'} only here`;
+    this.difference.textContent = twin ? `the same answer as ${twin.column + 1}` : lonely(own, all);
   }
 
   async toggleTokens() {

@@ -321,7 +321,7 @@ def _print(recipe: Recipe, source: BaseSource, plan: MemoryPlan, *, target: Targ
             plan.parts_gib["weights"] - plan.unquantized_gib
         ),
         "embeddings, head, norms, experts": plan.unquantized_gib,
-        **{words: plan.parts_gib[name] for name, words in _PARTS.items()},
+        **{words: plan.parts_gib[name] for name, words in _PARTS.items() if name in plan.parts_gib},
     }
     rows = [[words, f"{factor * gib:.{digits}f}"] for words, gib in sizes.items()]
     peak = "at the peak" if plan.parts_gib["gradients"] else "at the peak, in an evaluation"

@@ -197,7 +197,8 @@ def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remot
         from lora_tune.training.batches import first_batches
 
         start = read_adapter(Path(recipe.lora.start_from)) if recipe.lora.start_from else None
-        base = load_base(source, recipe.base, trust_remote_code=trust_remote_code)
+        place = "memory, to be divided" if here().divided else "device"
+        base = load_base(source, recipe.base, trust_remote_code=trust_remote_code, place=place)
         batches = first_batches(prepared.train, device=base.device) if recipe.lora.method == "eva" else None
         model = attach(
             base, recipe.lora, source=source, base=recipe.base, seed=recipe.seed, batches=batches, start=start
@@ -272,11 +273,13 @@ def _compare(model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: Chat
     """Scores and samples of base and adapter on the held-out rows; none where no row is held out."""
     from lora_tune.evaluation.evaluate import compare
     from lora_tune.evaluation.scores import Comparison
+    from lora_tune.model.divided import gathered
 
     if not prepared.held_out:
         return Comparison(scores={}, samples=())
     held_out = (prepared.held_out, prepared.held_out_rows)
-    return compare(model, chat, held_out, metrics=recipe.metrics, evaluation=recipe.eval, seed=recipe.seed)
+    with gathered(model):
+        return compare(model, chat, held_out, metrics=recipe.metrics, evaluation=recipe.eval, seed=recipe.seed)
 
 
 @app.command()

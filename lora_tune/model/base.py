@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,10 +43,17 @@ def compute_dtype(base: Base) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def load_base(source: BaseSource, base: Base, *, trust_remote_code: str | None = None) -> PreTrainedModel:
+def load_base(
+    source: BaseSource,
+    base: Base,
+    *,
+    trust_remote_code: str | None = None,
+    place: Literal["device", "memory, to be divided"] = "device",
+) -> PreTrainedModel:
     """Load the frozen base in evaluation mode; of a hub base this downloads the weights into the hub's cache.
 
-    `trust_remote_code` is the repository whose Python code may run; it must be the base's own.
+    `trust_remote_code` is the repository whose Python code may run; it must be the base's own. A base that will be
+    divided over processes (`divided.py`) comes into the machine's memory, its 4-bit weights in a storage that divides.
 
     Raises:
         UsageError: weights missing, damaged or of another model; code not trusted; attention not available.
@@ -60,20 +67,20 @@ def load_base(source: BaseSource, base: Base, *, trust_remote_code: str | None =
             f"base {source.name!r}: no safetensors weights there", "pickled weights (.bin) are not read: convert them"
         )
     with _quiet():
-        model = _from_pretrained(source, base, trusted=trust_remote_code is not None)
+        model = _from_pretrained(source, base, trusted=trust_remote_code is not None, divided=place != "device")
     protect_from_repacking(model)
     _set_dtype(model, compute_dtype(base))
     model.requires_grad_(False)
     return model.eval()
 
 
-def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool) -> PreTrainedModel:
+def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool, divided: bool) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     where = f"base {source.name!r}"
     settings: dict[str, Any] = {
         "dtype": compute_dtype(base),
-        "device_map": {"": device_type()},
+        "device_map": {"": "cpu" if divided else device_type()},
         "use_safetensors": True,
         "local_files_only": True,
         "trust_remote_code": trusted,
@@ -82,7 +89,7 @@ def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool) -> PreTra
     if base.attention != "auto":  # else transformers takes sdpa where the model has it (Gemma 2 has eager alone)
         settings["attn_implementation"] = base.attention
     if base.quantize != "none" and stored_bits(source.config) is None:  # None here would undo what is stored quantized
-        settings["quantization_config"] = _quantization(base)
+        settings["quantization_config"] = _quantization(base, divided=divided)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(source.folder), **settings)
     except torch.OutOfMemoryError as error:
@@ -124,7 +131,7 @@ def _hint(reason: str) -> str:
     return "check that the folder holds the whole base"
 
 
-def _quantization(base: Base) -> Any:
+def _quantization(base: Base, *, divided: bool) -> Any:
     from transformers import BitsAndBytesConfig
 
     if base.quantize == "int8":
@@ -134,7 +141,14 @@ def _quantization(base: Base) -> Any:
         bnb_4bit_quant_type=base.quantize,
         bnb_4bit_use_double_quant=base.double_quant,
         bnb_4bit_compute_dtype=compute_dtype(base),
+        bnb_4bit_quant_storage=_divisible(base) if divided else torch.uint8,
     )
+
+
+def _divisible(base: Base) -> torch.dtype:
+    """The storage of 4-bit weights that FSDP2 divides: uint8 it leaves whole without a word."""
+    dtype = compute_dtype(base)
+    return dtype if dtype in (torch.bfloat16, torch.float32) else torch.bfloat16
 
 
 def linear4bit_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
@@ -171,6 +185,23 @@ def full_weight(module: torch.nn.Module) -> torch.Tensor:
         scale: torch.Tensor = weight.SCB if weight.SCB is not None else module.state.SCB
         return weight.data.to(torch.float32) * (scale.to(torch.float32) / 127)[:, None]
     return (weight.data.T if isinstance(module, Conv1D) else weight.data).to(torch.float32)
+
+
+def weight_reader(module: torch.nn.Module) -> Callable[[torch.dtype], torch.Tensor] | None:
+    """How the frozen matrix (out, in) of a linear layer is read in a dtype, dequantized anew by every call.
+
+    None for a layer that is neither a plain linear one nor one in 4 bit.
+    """
+    with _quiet():
+        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.nn.modules import Linear4bit
+
+    layer: Any = module
+    if isinstance(module, Linear4bit):
+        return lambda dtype: dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+    if type(module) is torch.nn.Linear:
+        return lambda dtype: layer.weight.detach().to(dtype)
+    return None
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from lora_tune.errors import Problem, RecipeError, UsageError
 from lora_tune.model import initialisation
 from lora_tune.model.base import fit_embeddings, full_weight
 from lora_tune.model.base_fit import end_of
+from lora_tune.model.divided import as_divided, whole
 from lora_tune.model.source import BaseSource, load_tokenizer
 from lora_tune.model.targets import NamedModules, named_modules
 from lora_tune.recipe import Base, Lora, Train
@@ -279,7 +280,7 @@ def load_adapter_state(model: PeftModel, tensors: Mapping[str, torch.Tensor]) ->
         if name in anchored:
             anchored[name].load_state_dict({"weight": tensors[name]})
         else:
-            own.copy_(tensors[name])
+            own.copy_(as_divided(tensors[name], own))
 
 
 def saved_adapter(model: PeftModel, *, lora: Lora, source: BaseSource) -> SavedAdapter:
@@ -292,7 +293,7 @@ def saved_adapter(model: PeftModel, *, lora: Lora, source: BaseSource) -> SavedA
     Raises:
         UsageError: a tensor holds NaN or infinity.
     """
-    tensors = {name: tensor.detach().to("cpu") for name, tensor in adapter_state(model).items()}
+    tensors = {name: whole(tensor.detach()).to("cpu") for name, tensor in adapter_state(model).items()}
     broken = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if broken:
         raise UsageError(

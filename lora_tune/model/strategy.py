@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -55,7 +54,7 @@ class Strategy:
 
 _ALL_OPTIMIZERS = ("auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion_8bit", "sgd")
 _ALL_METHODS = ("lora", "rslora", "dora", "pissa", "olora", "loftq", "eva")
-_PLAIN_LORA = ("lora", "rslora", "pissa", "olora", "loftq", "eva")
+_PLAIN_LORA = ("lora", "rslora", "loftq", "eva")
 _ALL_WIDTHS = ("nf4", "fp4", "int8", "none")
 STRATEGIES: dict[Name, Strategy] = {
     "single": Strategy("single", (), 0, _ALL_OPTIMIZERS, _ALL_WIDTHS, _ALL_METHODS),
@@ -168,6 +167,6 @@ def _conflicts(strategy: Strategy, base: Base, lora: Lora, train: Train) -> Iter
                 yield Problem(f"cannot be trained under {name}", f"remove it, {other}", key=f"lora.{key}")
         if lora.plus_ratio:
             yield Problem(f"cannot be used under {name}", f"remove it, {other}", key="lora.plus_ratio")
-    if name == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        fix = "pip install 'lora_tune[zero3]', or write fsdp2, which divides the same and needs nothing"
-        yield Problem("zero3 needs DeepSpeed, which is not installed", fix, key="hardware.strategy")
+    if name == "zero3":
+        fix = "write fsdp2, which divides the same through torch itself"
+        yield Problem("zero3 does not run in this version", fix, key="hardware.strategy")

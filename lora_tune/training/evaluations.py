@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lora_tune.errors import UsageError
 from lora_tune.interrupts import Stop
+from lora_tune.model.divided import whole
 from lora_tune.training.state import trainable_tensors, undisturbed
 from lora_tune.training.team import here
 
@@ -90,7 +91,7 @@ class Evaluations:
         if math.isfinite(loss) and (now.best_loss is None or loss < now.best_loss):
             now.best_loss, now.best_step, now.since_best = loss, step, 0
             if self.plan.keep == "best":
-                self.best_tensors = {name: t.cpu().clone() for name, t in trainable_tensors(model).items()}
+                self.best_tensors = {name: whole(t).cpu().clone() for name, t in trainable_tensors(model).items()}
         else:
             now.since_best += 1
         now.stopped = self.plan.stop_after is not None and now.since_best >= self.plan.stop_after

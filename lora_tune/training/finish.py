@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +42,7 @@ def write_folder(
     folder = Path(recipe.output)
     if here().first:
         free_room(folder)
-    with activity(f"writing {folder}"):
+    with activity(f"writing {folder}"), _put_together(model):
         from lora_tune.adapter.vectors import make_test_vectors, precision
         from lora_tune.adapter.write import FinishedRun, write_run
         from lora_tune.model.base import compute_dtype
@@ -66,6 +68,14 @@ def write_folder(
         if not team.divided:  # how many rows are measured depends on the time, and the others would wait
             _draw_report(folder, run, prepared, model=model, comparison=comparison)
         return write_run(folder, run) if team.first else None
+
+
+@contextmanager
+def _put_together(model: PeftModel) -> Iterator[None]:
+    from lora_tune.model.divided import gathered
+
+    with gathered(model):
+        yield
 
 
 def _draw_report(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lora_tune.errors import CheckFailed, Problem
+from lora_tune.model.divided import whole
 
 FIRST_WINDOW = 10  # steps whose mean loss later ones are measured against
 DIVERGED_STEPS = 25  # in a row above 1.25 times that mean + 0.25 nats: by chance once in 2^25 starts
@@ -144,7 +145,7 @@ def require_finite(model: nn.Module, *, step: int) -> None:
     Raises: CheckFailed naming the weight.
     """
     trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-    if trained and not bool(torch.isfinite(largest_weight(trained))):
+    if trained and not bool(torch.isfinite(whole(largest_weight(trained)))):
         where, _ = bad_weight(model) or ("a weight of the adapter is not finite", "")
         raise CheckFailed(Problem(f"step {step} ruined the adapter, and it is not written: {where}", _LOWER))
 
@@ -152,7 +153,7 @@ def require_finite(model: nn.Module, *, step: int) -> None:
 def bad_weight(model: nn.Module) -> tuple[str, str] | None:
     """Which weight holds numbers that are not finite, and what to do: trained ones first, then those of the base."""
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: not pair[1].requires_grad):
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        if parameter.is_floating_point() and not bool(torch.isfinite(whole(parameter.detach())).all()):
             if parameter.requires_grad:
                 return f"the adapter's weight {name} is not finite", _LOWER
             return f"the base's weight {name} is not finite", "take another copy of the base: this one is damaged"

@@ -24,6 +24,7 @@ import torch
 from lora_tune.errors import Problem, ResourceError
 from lora_tune.evaluation.losses import BATCH_TOKENS, row_losses
 from lora_tune.model.device import this_machine
+from lora_tune.model.divided import gathered, kept
 from lora_tune.model.generation import generate
 from lora_tune.training import checkpoint, state
 from lora_tune.training.batches import IGNORED
@@ -124,7 +125,7 @@ def try_out(trainer: RunTrainer, *, chat: ChatTemplate, held_out: Sequence[Token
         peaks["training"] = peak.gib
         size, written_s = _try_checkpoint(trainer)
         trainer.forget_gradients()
-        with _named_evaluation(trainer):
+        with _named_evaluation(trainer), gathered(trainer.model):
             if held_out:
                 with _Peak() as peak:
                     row_losses(trainer.model, _longest(held_out, _EVALUATION_TOKENS[device]), pad_id=chat.pad_id)
@@ -177,7 +178,7 @@ def _untouched(trainer: RunTrainer) -> Iterator[None]:
     """Afterwards weights, gradients, buffers, modes and random numbers are as before, and the memory is free."""
     model = trainer.model
     before = state.random_state()
-    weights = {name: tensor.cpu().clone() for name, tensor in state.trainable_tensors(model).items()}
+    weights = {name: kept(tensor) for name, tensor in state.trainable_tensors(model).items()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.numel() < 2**20}
     cached = [
         (module, module.max_seq_len_cached) for module in model.modules() if hasattr(module, "max_seq_len_cached")

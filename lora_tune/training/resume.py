@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from lora_tune.disk import disk_text
 from lora_tune.errors import Problem, UsageError
+from lora_tune.model.divided import whole
 from lora_tune.model.methods import adapter_state, load_adapter_state
 from lora_tune.training import checkpoint, state
 from lora_tune.training.evaluations import Evaluations, Standing
@@ -89,14 +90,15 @@ class ResumableTrainer(Trainer):
 
     def _files(self) -> dict[str, checkpoint.Writer]:
         """What a checkpoint consists of, as functions that write it."""
-        tensors = adapter_state(self.model)
+        tensors = {name: whole(tensor) for name, tensor in adapter_state(self.model).items()}
+        held = state.optimizer_state(self.optimizer)
         scaler = self.accelerator.scaler
         run = self.run_state()
         schedule = {"schedule": self.lr_scheduler.state_dict(), "scaler": scaler.state_dict() if scaler else None}
         best = self.evaluations.best_tensors if self.evaluations else {}
 
         def write_optimizer(path: Path) -> None:
-            state.write_optimizer(self.optimizer, tensors=path, text=path.with_suffix(".json"))
+            state.write_optimizer(held, tensors=path, text=path.with_suffix(".json"))
 
         def write_random(path: Path) -> None:
             state.write_random_state(state.random_state(), tensors=path, text=path.with_suffix(".json"))

@@ -19,11 +19,14 @@ from torch.utils.data import DataLoader
 
 from lora_tune.errors import Interrupted, Problem, ResourceError
 from lora_tune.interrupts import signal_name
+from lora_tune.model.divided import divide
+from lora_tune.terminal import messages
 from lora_tune.training.batches import EpochSampler, ShareSampler, empty_batch, share_of_step
 from lora_tune.training.budget import Budget, BudgetedTrainer
 from lora_tune.training.guard import require_finite
 from lora_tune.training.replan import Shortage
 from lora_tune.training.signals import SignalWatch
+from lora_tune.training.team import here
 
 
 class SharedTrainer(BudgetedTrainer):
@@ -74,6 +77,22 @@ class SharedTrainer(BudgetedTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if not self.team.several:
             super()._load_rng_state(checkpoint)
+
+    def divide_model(self) -> None:
+        """Each process holds its part of the model, where the strategy divides it."""
+        if self.team.divided:
+            count = divide(self.model, device=self.args.device)
+            self.model.hf_device_map = {"": self.args.device}
+            self.report_first(f"fsdp2: all {count} weights are divided over {self.team.world} processes")
+
+    def report_first(self, line: str) -> None:
+        """A line from the first process."""
+        if self.team.first:
+            messages().print(line)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not here().divided:
+            super()._move_model_to_device(model, device)
 
     # -- one step -----------------------------------------------------------------------------------------------------
 

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lora_tune.errors import CheckFailed
+from lora_tune.model.divided import as_divided, gathered, whole
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -59,7 +59,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), gathered(model):
             yield
     finally:
         for module, training in modes:
@@ -103,11 +103,6 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor with all of its parts, where each process holds one of them; every process must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that are trained, by their full names, detached but not copied."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -137,11 +132,26 @@ def set_trainable_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> No
             shapes = f"{tuple(stored.shape)} stored, {tuple(parameter.shape)} in the model"
             raise CheckFailed(f"the checkpoint is of another adapter: {name} has shape {shapes}", "start a new run")
         # rows in order: pissa and olora make transposed tensors, and products of those differ in the last bits
-        parameter.data = stored.to(parameter.device, copy=True, memory_format=torch.contiguous_format)
+        own = stored.to(parameter.device, copy=True, memory_format=torch.contiguous_format)
+        parameter.data = as_divided(own, parameter)
 
 
-def write_optimizer(optimizer: torch.optim.Optimizer, *, tensors: Path, text: Path) -> None:
-    """Write the optimizer's state: tensors as `<parameter number>.<name>`, numbers and groups as JSON.
+def write_optimizer(held: OptimizerState, *, tensors: Path, text: Path) -> None:
+    """Write what `optimizer_state` gave."""
+    write_tensors(held.tensors, tensors)
+    text.write_text(json.dumps(held.numbers), encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerState:
+    """An optimizer's state: tensors by `<parameter number>.<name>`, and numbers and groups as JSON."""
+
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
+    """The optimizer's state, whole where each process holds a part of it: then every process must ask for it.
 
     Read from `optimizer.state` and not from `state_dict()`, which bitsandbytes wraps. `on_cpu` names the tensors that
     stay on the CPU (the step count of a fused AdamW does not, that of a plain one does).
@@ -152,7 +162,7 @@ def write_optimizer(optimizer: torch.optim.Optimizer, *, tensors: Path, text: Pa
     for index, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                named[f"{index}.{name}"] = value
+                named[f"{index}.{name}"] = whole(value)
                 if value.device.type == "cpu" and parameter.device.type != "cpu":
                     on_cpu.append(f"{index}.{name}")
             else:
@@ -161,8 +171,7 @@ def write_optimizer(optimizer: torch.optim.Optimizer, *, tensors: Path, text: Pa
         {name: value for name, value in group.items() if name != "params"} | {"count": len(group["params"])}
         for group in optimizer.param_groups
     ]
-    write_tensors(named, tensors)
-    text.write_text(json.dumps({"groups": groups, "numbers": numbers, "on_cpu": on_cpu}), encoding="utf-8")
+    return OptimizerState(named, {"groups": groups, "numbers": numbers, "on_cpu": on_cpu})
 
 
 def read_optimizer(optimizer: torch.optim.Optimizer, *, tensors: Path, text: Path) -> None:
@@ -186,7 +195,7 @@ def read_optimizer(optimizer: torch.optim.Optimizer, *, tensors: Path, text: Pat
     for key, tensor in named.items():
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
-        optimizer.state[parameter][name] = tensor if key in on_cpu else tensor.to(parameter.device)
+        optimizer.state[parameter][name] = tensor if key in on_cpu else as_divided(tensor, parameter)
     for index, values in stored["numbers"].items():
         optimizer.state[parameters[int(index)]].update(values)
 

@@ -176,6 +176,12 @@ class Team:
         finally:
             self.store.set(f"lora_tune/{name}", left)
 
+    def reached(self, doing: str) -> None:
+        """Note how far this process is, where others wait for it inside of torch."""
+        if self.divided:
+            self.started += 1
+            self.store.set(f"lora_tune/{self.rank}", f"{self.started} {doing}")
+
     def lost(self, error: BaseException) -> PeerLost | None:
         """What to say where this error comes from a process that is gone; None where it is another error."""
         text = str(error).lower()

@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_tune.errors import DataError
 from lora_tune.interrupts import Stop
+from lora_tune.model.divided import whole
 from lora_tune.model.methods import cast_inputs
 from lora_tune.recipe import Train
 from lora_tune.training import state
@@ -146,12 +147,13 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         evaluation: Evaluation | None,
     ) -> None:
         dtypes = {name: tensor.clone() for name, tensor in state.trainable_tensors(model).items()}
+        self.team = here()
         super().__init__(model, args, train_dataset=rows, processing_class=chat.tokenizer)
         state.set_trainable_tensors(self.model, dtypes)  # TRL casts the adapter of a 4-bit base to bfloat16
+        self.divide_model()
         self.remove_callback(PrinterCallback)
         self.add_callback(Moments(self))
         self.steps = steps
-        self.team = here()
         self.facts = RunFacts()
         self.evaluations = Evaluations(evaluation) if evaluation else None
         self.keep_checkpoints = train.keep_checkpoints
@@ -246,6 +248,7 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         if not model.training:
             model.train()
         inputs = self._prepare_inputs(inputs)
+        self.team.reached("a micro-batch")
         loss = self.compute_loss(model, inputs, num_items_in_batch=divisor)
         self.accelerator.backward(loss * self.team.world if self.team.divided else loss)  # FSDP takes the mean
         self._micro_losses.append(loss.detach())
@@ -265,14 +268,12 @@ class RunTrainer(SharedTrainer, SFTTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         self.add_up()
-        return state.whole(self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm))
+        return whole(self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> float:
         """The norm as a number, after the check that this step may be taken: the one host sync of a step."""
         measured = self._clip_grad_norm(model) if grad_norm is None else grad_norm
-        numbers = torch.stack(
-            [self._tr_loss.float(), measured.float(), state.whole(largest_weight(self._trained)).float()]
-        )
+        numbers = torch.stack([self._tr_loss.float(), measured.float(), whole(largest_weight(self._trained)).float()])
         loss, norm, weight = numbers.tolist()
         scaler = self.accelerator.scaler
         scaled = scaler is not None and scaler.get_scale() >= 1

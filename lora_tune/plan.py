@@ -112,6 +112,8 @@ def command(
         _print(file.recipe, source, plan, target=target, duration=duration)
         if several:
             _print_several(several, file.recipe)
+        elif not plan.fits and place.device == "cuda" and (words := _on_more(source, file.recipe, place)):
+            results().print(words)
         print_problems(problems)
     return code
 
@@ -145,21 +147,17 @@ def look(
         raise RecipeError(errors)
     if not plan.fits:
         problems.append(too_large(plan, recipe.train))
-        if place is not None and several is None and target.device == "cuda":
-            problems += _on_more(source, recipe, place)
     return plan, source, problems, several
 
 
-def _on_more(source: BaseSource, recipe: Recipe, place: Place) -> Iterator[Problem]:
-    """On how many cards it would fit."""
+def _on_more(source: BaseSource, recipe: Recipe, place: Place) -> str | None:
+    """On how many cards it would fit, in words."""
     for cards in (2, 4, 8):
         found = on_cards(source.config, recipe, cards=cards, place=place)
-        if found is not None:
-            chosen = found.chosen
-            if chosen.memory is not None and chosen.fits:
-                said = f"{chosen.layout.strategy}, {chosen.memory.peak_gib:.1f} GiB each"
-                yield Problem(f"it fits on {cards} such cards ({said})", f"see --cards {cards}", severity="note")
-                return
+        if found is not None and found.chosen.memory is not None and found.chosen.fits:
+            said = f"{found.chosen.layout.strategy}, {found.chosen.memory.peak_gib:.1f} GiB each"
+            return f"on {cards} such cards it fits ({said}): see --cards {cards}"
+    return None
 
 
 def _place(target: Target, *, link: str | None, network: str) -> Place:

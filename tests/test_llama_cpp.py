@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import random
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import Any
 import gguf_kit
 import numpy as np
 import pytest
+import tiny
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from lora_tune.adapter.at_hand import chat_of_folder
 from lora_tune.adapter.export_gguf import write_gguf_adapter
 from lora_tune.adapter.modelfile import read_modelfile
 from lora_tune.cli import main
+from lora_tune.data.chat_template import load_chat_template
 from lora_tune.model.export_gguf import write_gguf_base
 from lora_tune.model.gguf_tokenizer import gguf_tokenizer
 from lora_tune.model.llama_tokens import llama_tokenizer
@@ -122,6 +127,32 @@ def test_llama_cpp_cuts_text_as_the_tokenizer_does(name: str, corpus: Path, root
     for _ in range(300):
         text = text_of(draw, known)
         assert words.ids(text) == chat.tokenizer.encode(text, add_special_tokens=False), text
+
+
+@pytest.mark.parametrize("prefix", ["space first", "no space"])
+def test_llama_cpp_cuts_text_as_sentencepiece_did(prefix: str, corpus: Path, root: Path) -> None:
+    """Phi-3's vocabulary of 32,000 pieces, with control tokens that leave blanks alone; Gemma's has no first space."""
+    content = json.loads((corpus / "data/tokenizers/phi-3-mini/tokenizer.json").read_text(encoding="utf-8"))
+    for token in content["added_tokens"]:
+        token["rstrip"] = False
+    if prefix == "no space":
+        content["normalizer"]["normalizers"].pop(0)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        eos_token="<|end|>",
+        bos_token="<s>",
+        unk_token="<unk>",
+    )
+    tokenizer.chat_template = tiny.CHATML.replace("<|im_start|>", "<|user|>").replace("<|im_end|>", "<|end|>")
+    chat = load_chat_template(tokenizer)
+    words = llama_tokenizer(gguf_tokenizer(chat, rows=len(tokenizer) + 3), chat)
+    draw, known = random.Random(4), (root / "CHANGELOG.md").read_text(encoding="utf-8").split(" ")
+    differ = []
+    for number in range(300):
+        text = ("<|user|>" if number % 2 else "") + text_of(draw, known) + "<|end|>" + text_of(draw, known)
+        if words.ids(text) != tokenizer.encode(text, add_special_tokens=False):
+            differ.append(text)
+    assert words.by == "llama.cpp" and differ == []
 
 
 def test_the_example_answers_in_llama_cpp_as_in_peft(root: Path, tmp_path: Path) -> None:

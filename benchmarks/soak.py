@@ -1,10 +1,10 @@
 """A server under everything at once for half an hour: load, adapters that come and go every second, hostile requests.
 
 `python -m benchmarks.soak --minutes 30` (or `make soak`) starts `lora-tune serve` over a built-in base with eight
-random adapters, asks it from sixteen connections, loads and unloads a ninth adapter every second (each tenth time a damaged
-one), and sends one hostile request for nine honest ones. Every honest answer is compared with the first one to the same
-question, which was asked alone. Memory, threads and open files of the server are read every second. Fails, and says
-why, where an honest client got an error or another answer, or where the server grew. Writes
+random adapters, asks it from sixteen connections, loads and unloads a ninth adapter every second (each tenth time a
+damaged one), and sends one hostile request for nine honest ones. Every honest answer is compared with the first one to
+the same question, which was asked alone. Memory, threads and open files of the server are read every second. Fails, and
+says why, where an honest client got an error or another answer, or where the server grew. Writes
 benchmarks/results/soak.md.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import shutil
 import statistics
 import sys
@@ -216,7 +215,7 @@ def table(found: Findings, *, minutes: float) -> str:
     lines = [
         f"# Soak of {minutes:g} minutes",
         "",
-        f"`python -m benchmarks.soak --minutes {minutes:g}`; {platform.machine()}, {psutil.cpu_count()} cores; {versions}",
+        f"`python -m benchmarks.soak --minutes {minutes:g}`; {psutil.cpu_count()} cores; {versions}",
         "",
         "| what | found |",
         "|---|---|",

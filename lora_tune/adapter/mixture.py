@@ -22,9 +22,14 @@ _COLUMNS = 512  # ranks that may stand side by side at once before only those of
 _PARTS = ("lora_A.weight", "lora_B.weight")
 
 
-def is_mixable(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether an adapter is nothing but A and B of linear layers, which is what can share a batch with others."""
-    return bool(tensors) and all(key.endswith(_PARTS) for key in tensors)
+def mixable_rank(tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """The largest rank of an adapter that is nothing but A and B of linear layers, None where it is more than that.
+
+    Only the former can share a batch with others.
+    """
+    if not tensors or not all(key.endswith(_PARTS) for key in tensors):
+        return None
+    return max(len(tensor) for key, tensor in tensors.items() if key.endswith(_PARTS[0]))
 
 
 class _Rows:
@@ -55,28 +60,30 @@ class Mixture:
 
     def __init__(self) -> None:
         self._model: PeftModel | None = None
-        self._ranks: dict[str, int] = {}
+        self._layers: list[Any] = []
+        self._ranks: Mapping[str, int] = {}
         self._stacked: dict[str, slice] = {}
         self._rows = _Rows()
         self._selected: tuple[str | None, ...] | None = None
         self._active: str | None = None
 
-    def place(self, model: PeftModel | None, names: Sequence[str]) -> None:
-        """The model (None: it has no adapter yet) and the names of the adapters on it that can share a batch."""
+    def place(self, model: PeftModel | None, ranks: Mapping[str, int]) -> None:
+        """The model (None: it has no adapter yet) and {name: rank} of the adapters on it that can share a batch."""
         self._model = model
         self._active = self._selected = None
         self._stacked = {}
-        self._ranks = {}
+        self._ranks = dict(ranks)
         if model is not None:
-            self._ranks = {name: _rank(model, name) for name in names}
-            self._stack(names if sum(self._ranks.values()) <= _COLUMNS else ())
+            self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+            self._stack(sorted(ranks) if sum(ranks.values()) <= _COLUMNS else ())
 
     def leave(self) -> None:
         """Take the common adapter off the model and make none active, before what is on the model changes."""
         if self._model is not None:
-            for layer in _layers(self._model):
+            for layer in self._layers:
                 layer.set_adapter([])
                 _take_off(layer)
+            cast(Any, self._model.base_model).active_adapter = []
         self._model = self._active = self._selected = None
         self._stacked = {}
 
@@ -120,7 +127,7 @@ class Mixture:
         for number, columns in enumerate(self._stacked.values(), 1):
             self._table_KR[number, columns] = False
         self._rows.hidden_B1R = self._table_KR[:1].unsqueeze(1)
-        for layer in _layers(model):
+        for layer in self._layers:
             self._stack_layer(layer, start)
         self._active = self._selected = None
 
@@ -147,12 +154,3 @@ def _take_off(layer: Any) -> None:
     for part in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.scaling):
         if _NAME in part:
             del part[_NAME]
-
-
-def _layers(model: PeftModel) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
-
-
-def _rank(model: PeftModel, name: str) -> int:
-    """The largest rank that an adapter has in any layer."""
-    return max((layer.lora_A[name].weight.shape[0] for layer in _layers(model) if name in layer.lora_A), default=0)

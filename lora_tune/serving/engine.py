@@ -212,8 +212,11 @@ class Engine:
             with torch.inference_mode(False):  # what is put on the model are ordinary tensors
                 found = work(self._runner)
             done.set_result(found)
-        except Exception as error:
+        except LoraTuneError as error:
             done.set_exception(error)
+        except Exception as error:
+            _log.error("a change of the model failed: %s", error, exc_info=error)
+            done.set_exception(EngineFailed("the engine failed on this change"))
 
     def _refuse_waiting(self, state: str) -> None:
         with self._changed:

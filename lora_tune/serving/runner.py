@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_tune.adapter.load import attach_saved, detach
-from lora_tune.adapter.mixture import Mixture, is_mixable
+from lora_tune.adapter.mixture import Mixture, mixable_rank
 from lora_tune.model.decoding import has_plain_cache
 from lora_tune.model.slot_cache import Masks, SlotCache
 
@@ -33,7 +33,7 @@ class Runner:
         self._masks = Masks(base)
         self._mixture = Mixture()
         self._model: PeftModel | None = None
-        self._mixable: set[str] = set()
+        self._mixable: dict[str, int] = {}
         self._count = 0
         self.has_slots = has_plain_cache(base) and self._masks.is_known and self._slots_agree()
         """Rows of different lengths can share a batch that others join and leave; else every row decodes by itself."""
@@ -46,22 +46,22 @@ class Runner:
         self._count += 1
         name = f"served{self._count:09}"  # none is a part of another: PEFT looks names up as parts of keys
         self._mixture.leave()
-        mixable = is_mixable(saved.tensors)
+        rank = mixable_rank(saved.tensors)
         try:
             self._model = attach_saved(self._model or self.base, saved, name=name)
-            self._mixable |= {name} if mixable else set()
+            self._mixable |= {} if rank is None else {name: rank}
         finally:
-            self._mixture.place(self._model, sorted(self._mixable))
-        return name, mixable
+            self._mixture.place(self._model, self._mixable)
+        return name, rank is not None
 
     def detach(self, name: str) -> None:
         """Take an adapter off the model; nothing else changes."""
         if self._model is None:
             return
-        self._mixable.discard(name)
+        self._mixable.pop(name, None)
         self._mixture.leave()
         detach(self._model, name)
-        self._mixture.place(self._model, sorted(self._mixable))
+        self._mixture.place(self._model, self._mixable)
 
     def select(self, adapters: Sequence[str | None]) -> None:
         """By which adapters the rows of the next batch are answered. One that cannot be mixed answers all of them."""
@@ -136,4 +136,3 @@ class Runner:
             [self.base(input_ids=torch.tensor([ids], device=self.device)).logits[:, -1].float() for ids in rows]
         )
         return bool((ours - theirs).abs().max() <= _PROBE_TOLERANCE * theirs.std())
-

@@ -2,8 +2,8 @@
 
 Rows are divided by all strategies, so that a step of the whole batch takes each card its share of the computing. `ddp`
 sums the adapter's gradients once a step, after the last micro-batch; it is counted as not hidden behind anything.
-Divided strategies gather the base in every micro-batch, layer by layer, while the layer before computes: a step takes
-whichever of computing and gathering is longer, and the first layer's gathering.
+Divided strategies gather each layer twice in every micro-batch, for the forward and for the backward pass, while the
+layer before computes: a step takes whichever of computing and gathering is longer, and the first layer's gathering.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lora_tune.model.device import Device
 from lora_tune.model.footprint import Job, job_of
 from lora_tune.model.links import Link
 from lora_tune.model.memory import MemoryPlan, plan_job
-from lora_tune.model.sharding import ADAPTER_BYTES, divided_base, held_adapter
+from lora_tune.model.sharding import ADAPTER_BYTES, divided_base, divided_root, held_adapter
 from lora_tune.model.strategy import STRATEGIES, Layout, Name, conflicts, uneven
 from lora_tune.recipe import Recipe
 
@@ -125,11 +125,13 @@ def exchanged(job: Job, *, accumulation: int) -> tuple[float, int, int]:
     if not strategy.divided:
         sent = strategy.bytes_per_step(weights=0.0, adapters=adapters, accumulation=accumulation, world=cards)
         return sent, max(1, round(adapters / _BUCKET_BYTES)), 2 * (cards - 1)
-    weights = divided_base(job.shape, job.base, element=job.element, cards=cards)
+    root = divided_root(job.shape, element=job.element, cards=cards)
+    layers = divided_base(job.shape, job.base, element=job.element, cards=cards) - root
     filled = held_adapter(job.shape, job.lora, cards=cards) * cards * ADAPTER_BYTES
-    sent = strategy.bytes_per_step(weights=weights, adapters=filled, accumulation=accumulation, world=cards)
-    units = job.shape.layers + 1
-    return sent, accumulation * (strategy.gathers + 1) * units, cards - 1
+    gathered = root + strategy.gathers * (layers + filled)
+    sent = accumulation * (cards - 1) / cards * (gathered + filled)  # a ring sends all parts but one's own
+    collectives = accumulation * (1 + (strategy.gathers + 1) * job.shape.layers)
+    return sent, collectives, cards - 1
 
 
 def joined_seconds(job: Job, computing_s: float, exchange_s: float) -> float:

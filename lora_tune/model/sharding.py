@@ -54,6 +54,13 @@ def divided_base(shape: Shape, base: Base, *, element: int, cards: int) -> float
     return (held_base(shape, base, element=element, cards=cards) - scale_bytes(shape, base)) * cards
 
 
+def divided_root(shape: Shape, *, element: int, cards: int) -> float:
+    """Of `divided_base` what stands in no layer, embeddings, head and last norm: it is gathered once, and kept until
+    the backward pass has ended."""
+    embeddings = _rows(shape.vocabulary, cards) * shape.hidden * (1 if shape.tied else 2)
+    return (embeddings * cards + shape.hidden) * element
+
+
 def gathered_units(shape: Shape, base: Base, lora: Lora, *, element: int) -> float:
     """Bytes that a card holds of other cards' parts at the peak: two layers, and embeddings, head and last norm."""
     root = (shape.embedding_parameters + shape.hidden) * element

@@ -124,4 +124,6 @@ def _nested(words: Any, *more: Any, **options: Any) -> subprocess.CompletedProce
             _work(request)
         _, status = os.waitpid(child, 0)
         out, err = ((Path(folder) / name).read_text(encoding="utf-8") for name in ("out", "err"))
+    if "Invalid thread pool" in out + err:  # of torch after a fork beside its threads, rarely
+        return _RUN(words, *more, **options)
     return subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(status), out, err)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import re
 import shutil
 import signal
 import time
@@ -373,4 +374,6 @@ def signals(phases: Sequence[str]) -> Iterator[Case]:
 
 
 def _shown(path: str) -> str:
-    return path.replace("out/checkpoints/", "").rpartition(".tmp")[0] or path
+    """A path without what temporary files have of the process: an interrupted grid knows its cases again."""
+    found = re.fullmatch(r"(.*?)(\.\d+)?\.tmp.*", path)
+    return path if found is None else found[1].replace("out/checkpoints/", "")

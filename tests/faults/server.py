@@ -31,6 +31,7 @@ from typing import Any
 _RUN = subprocess.run
 _proof = ["made"]  # or "left out"
 _LONGEST_S = 120.0
+_NO_POOL = "Invalid thread pool"
 _HUNG = 99  # the code of a run that had to be ended
 _renders: dict[bytes, subprocess.CompletedProcess[Any]] = {}  # of chat templates: the same in every case
 _pictures: dict[str, bytes] = {}  # of each format the first that was drawn; drawing is a third of a small run
@@ -261,6 +262,10 @@ def _command_in_fork(arguments: list[str]) -> subprocess.CompletedProcess[Any]:
             os._exit(code)
     _, status = os.waitpid(child, 0)
     out, err = (name.read_text() for name in names)
+    if _NO_POOL in out + err:  # of torch after a fork beside its threads, rarely; a process of its own has none of it
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        own = [sys.executable, "-m", "lora_tune", *arguments]
+        return _RUN(own, env=environment, capture_output=True, text=True, check=False)
     return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status), out, err)
 
 

@@ -1,0 +1,278 @@
+"""Which layers of an adapted model are trained through the fused functions, found by their structure.
+
+Only passes that build a graph go through them: an evaluation or an answer without gradients takes PEFT's own path.
+What is not plain LoRA over a frozen linear layer (dropout, DoRA, a bias of LoRA's own, several adapters, a sharded
+parameter) keeps PEFT's path, layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_tune.model.base import weight_reader
+from lora_tune.model.kernels.projections import Frozen, GatedMlp, Projections
+from lora_tune.model.kernels.rms_norm import RmsNorm
+
+QKV = ("q_proj", "k_proj", "v_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+_SAME = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of what a structure computes, relative
+
+
+@dataclass
+class Fused:
+    """What was fused: the number of each kind, and why layers were not: {reason: how many}."""
+
+    qkv: int = 0
+    mlp: int = 0
+    linear: int = 0
+    norms: int = 0
+    left: Counter[str] = field(default_factory=Counter)
+    restore: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Give every layer its own forward pass again."""
+        while self.restore:
+            self.restore.pop()()
+
+
+def fuse(model: nn.Module) -> Fused:
+    """Let the adapted layers of a PEFT model compute through the fused functions wherever a gradient is asked for.
+
+    Weights, names and state dictionaries stay as they are; `undo` of the answer takes it back.
+    """
+    fused = Fused()
+    taken: set[int] = set()
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        if _all_plain(children, QKV, fused):
+            _fuse_qkv([children[name] for name in QKV], fused)
+            taken |= {id(children[name]) for name in QKV}
+        if _all_plain(children, MLP, fused) and _is_swiglu(parent, children):
+            _fuse_mlp(parent, [children[name] for name in MLP], fused)
+            taken |= {id(children[name]) for name in MLP}
+    for _, layer in _adapted(model):
+        if id(layer) in taken:
+            continue
+        reason = why_not(layer)
+        if reason:
+            fused.left[reason] += 1
+        else:
+            _fuse_linear(layer, fused)
+    _fuse_norms(model, fused)
+    return fused
+
+
+def why_not(layer: Any) -> str:
+    """Why an adapted layer keeps PEFT's path, or nothing."""
+    names = list(layer.lora_A)
+    if len(names) != 1:
+        return "several adapters"
+    (name,) = names
+    dropout = layer.lora_dropout[name]
+    if getattr(dropout, "p", 0):
+        return "dropout"
+    if name in getattr(layer, "lora_variant", {}):
+        return "another method than plain LoRA"
+    if layer.lora_B[name].bias is not None:
+        return "a bias of LoRA's own"
+    base = layer.base_layer
+    if weight_reader(base) is None:
+        return f"a base layer of type {type(base).__name__}"
+    if any(parameter.requires_grad for parameter in base.parameters()):
+        return "a trained base layer"
+    return ""
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The adapted linear layers, known by what they consist of."""
+    parts = ("lora_A", "lora_B", "lora_dropout", "scaling", "base_layer")
+    for name, module in model.named_modules():
+        if all(hasattr(module, part) for part in parts) and len(module.lora_A):  # type: ignore[arg-type]
+            yield name, module
+
+
+def _all_plain(children: dict[str, nn.Module], names: tuple[str, ...], fused: Fused) -> bool:
+    """All of these are adapted layers that can be fused, on one device."""
+    layers = [children.get(name) for name in names]
+    return all(layer is not None and hasattr(layer, "lora_A") and not why_not(layer) for layer in layers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """An adapted layer that can be fused: the layer, its frozen part, and the name of its adapter."""
+
+    layer: Any
+    frozen: Frozen
+    name: str
+
+    @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (rank, in) and B (out, rank), as they are now."""
+        return self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
+
+
+def _plain(layer: Any) -> _Plain:
+    (name,) = layer.lora_A
+    read = weight_reader(layer.base_layer)
+    if read is None:
+        raise TypeError(type(layer.base_layer).__name__)
+    return _Plain(layer, Frozen(read, layer.base_layer.bias, layer.scaling[name]), name)
+
+
+def _now(parts: list[_Plain], arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """A graph is being built, and the layers are as they were when they were fused."""
+    if not torch.is_grad_enabled() or len(arguments) != 1 or named:
+        return False
+    for part in parts:
+        layer = part.layer
+        if not layer.training or layer.disable_adapters or layer.merged or len(layer.lora_A) != 1:
+            return False
+        if type(part.factors[0]) is not nn.Parameter or layer.scaling[part.name] != part.frozen.scale:
+            return False
+    return True
+
+
+def _dtype(x: torch.Tensor) -> torch.dtype:
+    """What products are computed in: autocast's dtype where it is on, else the input's."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _project(x: torch.Tensor, parts: list[_Plain]) -> tuple[torch.Tensor, ...]:
+    factors = [matrix for part in parts for matrix in part.factors]
+    return Projections.apply(x, [part.frozen for part in parts], _dtype(x), *factors)  # type: ignore[no-any-return]
+
+
+def _replace(module: Any, forward: Callable[..., Any], fused: Fused) -> None:
+    """Give one module another forward pass, until it is undone."""
+    module.forward = forward
+    fused.restore.append(lambda: module.__dict__.pop("forward", None) and None)
+
+
+def _fuse_linear(layer: Any, fused: Fused) -> None:
+    own, parts = layer.forward, [_plain(layer)]
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        if not _now(parts, arguments, named):
+            return own(*arguments, **named)
+        return _project(arguments[0], parts)[0]
+
+    _replace(layer, forward, fused)
+    fused.linear += 1
+
+
+def _fuse_qkv(layers: list[Any], fused: Fused) -> None:
+    """The first projection computes all three; the other two hand out their part if they are given the same input."""
+    kept: dict[int, Any] = {}
+    own, parts = [layer.forward for layer in layers], [_plain(layer) for layer in layers]
+
+    def first(*arguments: Any, **named: Any) -> Any:
+        kept.clear()
+        if not _now(parts, arguments, named):
+            return own[0](*arguments, **named)
+        outputs = _project(arguments[0], parts)
+        kept.update({0: arguments[0], 1: outputs[1], 2: outputs[2]})
+        return outputs[0]
+
+    def other(number: int) -> Callable[..., Any]:
+        def forward(*arguments: Any, **named: Any) -> Any:
+            if number not in kept or not _now(parts, arguments, named) or kept[0] is not arguments[0]:
+                return own[number](*arguments, **named)
+            found = kept.pop(number)
+            if len(kept) == 1:
+                kept.clear()  # the input is not held longer than needed
+            return found
+
+        return forward
+
+    _replace(layers[0], first, fused)
+    for number in (1, 2):
+        _replace(layers[number], other(number), fused)
+    fused.qkv += 1
+
+
+def _fuse_mlp(parent: Any, layers: list[Any], fused: Fused) -> None:
+    own, parts = parent.forward, [_plain(layer) for layer in layers]
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        if not _now(parts, arguments, named):
+            return own(*arguments, **named)
+        x, factors = arguments[0], [matrix for part in parts for matrix in part.factors]
+        return GatedMlp.apply(x, [part.frozen for part in parts], _dtype(x), *factors)
+
+    _replace(parent, forward, fused)
+    fused.mlp += 1
+
+
+def _is_swiglu(parent: nn.Module, children: dict[str, nn.Module]) -> bool:
+    """The parent computes down(silu(gate(x)) · up(x)): asked with numbers, as names do not tell it."""
+    layers = [children[name] for name in MLP]
+    x = _probe_input(layers[0])
+    with torch.no_grad():
+        gate, up, down = layers
+        expected = down(nn.functional.silu(gate(x)) * up(x))
+        try:
+            found = parent(x)
+        except (TypeError, RuntimeError):
+            return False
+    return isinstance(found, torch.Tensor) and _same(found, expected)
+
+
+def _probe_input(layer: Any) -> torch.Tensor:
+    """Three inputs of a layer, the same ones every time, in the dtype that its base takes."""
+    draw, weight = torch.Generator().manual_seed(0), layer.base_layer.weight
+    size = next(iter(layer.lora_A.values())).weight.shape[1]
+    dtype = weight.dtype if type(layer.base_layer) is nn.Linear else torch.float32
+    return torch.randn(3, size, generator=draw).to(weight.device, dtype)
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    error = (found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)
+    return found.shape == expected.shape and bool(error <= _SAME.get(expected.dtype, 1e-5))
+
+
+def _fuse_norms(model: nn.Module, fused: Fused) -> None:
+    """Every module that computes w · x / rms(x), or (1 + w) · x / rms(x), with a frozen weight."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if not (isinstance(weight, nn.Parameter) and weight.dim() == 1 and isinstance(epsilon, float)):
+            continue
+        offset = _offset_of(module, weight, epsilon)
+        if offset is not None and not weight.requires_grad:
+            _fuse_norm(module, epsilon, offset, fused)
+
+
+@torch.no_grad()
+def _offset_of(module: nn.Module, weight: torch.Tensor, epsilon: float) -> float | None:
+    """What is added to the weight (0 or 1) where the module computes RMSNorm; None where it computes something else."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(3, weight.shape[0], generator=draw).add_(0.5).to(weight.device, weight.dtype)
+    found = module(x)
+    if not isinstance(found, torch.Tensor) or found.dtype != x.dtype:
+        return None
+    normal = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
+    for offset in (0.0, 1.0):
+        if _same(found, (normal * (weight.float() + offset)).to(x.dtype)):
+            return offset
+    return None
+
+
+def _fuse_norm(module: Any, epsilon: float, offset: float, fused: Fused) -> None:
+    own = module.forward
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        x = arguments[0] if len(arguments) == 1 and not named else None
+        if x is None or not torch.is_grad_enabled() or x.dtype != module.weight.dtype or not x.requires_grad:
+            return own(*arguments, **named)
+        weight = module.weight if not offset else module.weight.float().add(offset).to(x.dtype)
+        return RmsNorm.apply(x, weight, epsilon)
+
+    _replace(module, forward, fused)
+    fused.norms += 1

@@ -1,0 +1,272 @@
+"""Fused functions against PEFT's own path: outputs, all gradients, what is saved, what falls back."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lora_tune.model.base import load_base
+from lora_tune.model.kernels.fuse import Fused, fuse
+from lora_tune.model.kernels.projections import Frozen, GatedMlp, Projections
+from lora_tune.model.kernels.rms_norm import RmsNorm
+from lora_tune.model.source import find_base
+from lora_tune.recipe import Base
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+# family: what is found in two layers (qkv, mlp, single layers, norms)
+FAMILIES: dict[str, tuple[int, int, int, int]] = {
+    "llama": (2, 2, 2, 5),
+    "mistral": (2, 2, 2, 5),
+    "qwen2": (2, 2, 2, 5),  # biases on q, k, v
+    "qwen3": (2, 2, 2, 9),  # norms of queries and keys
+    "gemma2": (2, 0, 8, 9),  # GeGLU; weights of norms are 1 + w
+    "phi3": (0, 0, 8, 5),  # fused qkv and gate_up
+    "olmo2": (2, 2, 2, 9),  # norms behind attention and MLP
+    "starcoder2": (2, 0, 6, 0),  # LayerNorm, an MLP without a gate
+}
+
+
+def adapted(
+    family: str, *, dropout: float = 0.0, bias: Literal["none", "lora_only"] = "none", dora: bool = False
+) -> Any:
+    """A random model of a family with an adapter whose B is not zero, in training mode."""
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL))
+    return with_adapter(base, dropout=dropout, bias=bias, dora=dora)
+
+
+def with_adapter(base: Any, *, dropout: float = 0.0, bias: Any = "none", dora: bool = False, dtype: Any = None) -> Any:
+    config = LoraConfig(
+        r=4, lora_alpha=12, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=dora,
+        lora_bias=bias == "lora_only", rank_pattern={"v_proj": 2, "up_proj": 7}, alpha_pattern={"k_proj": 3},
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(base, config, autocast_adapter_dtype=dtype is None)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+        if dtype is not None and "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    return model.train()
+
+
+def step(model: Any, *, autocast: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one batch."""
+    model.zero_grad()
+    ids = torch.randint(3, 96, (3, 17), generator=torch.Generator().manual_seed(5))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference of a gradient."""
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_pefts(family: str) -> None:
+    model = adapted(family)
+    own = step(model)
+    fused = fuse(model)
+    assert (fused.qkv, fused.mlp, fused.linear, fused.norms) == FAMILIES[family] and not fused.left
+    loss, gradients = step(model)
+    assert loss == pytest.approx(own[0], rel=1e-5) and distance(gradients, own[1]) < 1e-5
+    fused.undo()
+    assert step(model)[0] == own[0] and not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+@pytest.mark.parametrize("kind", ["autocast", "same dtype"])
+def test_in_bfloat16_it_is_as_near_to_float32_as_pefts_path(tiny_base: Any, quantize: Any, kind: str) -> None:
+    """Adapters in float32 under autocast as in a run, or all in bfloat16; over the real 4-bit layers."""
+
+    def model(dtype: Any) -> Any:
+        base = Base(name=str(tiny_base), quantize=quantize, compute_dtype=dtype)
+        torch.manual_seed(4)
+        adapter = torch.bfloat16 if dtype == "bfloat16" and kind == "same dtype" else torch.float32
+        return with_adapter(load_base(find_base(base), base), dtype=adapter)
+
+    exact = step(model("float32"))[1]
+    half = model("bfloat16")
+    own = distance(step(half, autocast=kind == "autocast")[1], exact)
+    fuse(half)
+    found = distance(step(half, autocast=kind == "autocast")[1], exact)
+    assert 0 < found <= 1.3 * own + 1e-3
+
+
+SIZES = st.integers(1, 40)
+
+
+@settings(max_examples=40)
+@given(t=SIZES, h=SIZES, outs=st.lists(st.tuples(SIZES, st.integers(1, 9), st.booleans()), min_size=1, max_size=4),
+       scale=st.floats(0.1, 4), unused=st.integers(0, 3), seed=st.integers(0, 99))  # fmt: skip
+def test_projections_of_any_shape(
+    t: int, h: int, outs: list[tuple[int, int, bool]], scale: float, unused: int, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, t, h, generator=draw, dtype=torch.float64, requires_grad=True)
+    parts, factors, expected = [], [], []
+    for out, rank, has_bias in outs:
+        w = torch.randn(out, h, generator=draw, dtype=torch.float64)
+        bias = torch.randn(out, generator=draw, dtype=torch.float64) if has_bias else None
+        a = torch.randn(rank, h, generator=draw, dtype=torch.float64, requires_grad=True)
+        b = torch.randn(out, rank, generator=draw, dtype=torch.float64, requires_grad=True)
+        parts.append(Frozen(lambda dtype, w=w: w.to(dtype), bias, scale))
+        factors += [a, b]
+        expected.append(nn.functional.linear(x, w, bias) + scale * (x @ a.T) @ b.T)
+    found = Projections.apply(x, parts, torch.float64, *factors)
+    used = [number for number in range(len(outs)) if number != unused] or [0]  # an output that the loss does not see
+    grads = []
+    for outputs in (expected, found):
+        loss = sum(outputs[number].cos().sum() for number in used)
+        grads.append(torch.autograd.grad(loss, [x, *factors], allow_unused=True))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other, tensor in zip(*grads, [x, *factors], strict=True):
+        zero = torch.zeros_like(tensor)  # of what the loss does not see
+        torch.testing.assert_close(zero if other is None else other, zero if one is None else one)
+
+
+@settings(max_examples=30)
+@given(t=SIZES, h=SIZES, inner=SIZES, rank=st.integers(1, 9), seed=st.integers(0, 99))
+def test_a_gated_mlp_of_any_shape(t: int, h: int, inner: int, rank: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(t, h, generator=draw, dtype=torch.float64, requires_grad=True)
+    shapes = ((inner, h), (inner, h), (h, inner))
+    weights = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
+    factors = []
+    for out, into in shapes:
+        factors += [torch.randn(rank, into, generator=draw, dtype=torch.float64, requires_grad=True)]
+        factors += [torch.randn(out, rank, generator=draw, dtype=torch.float64, requires_grad=True)]
+    parts = [Frozen(lambda dtype, w=w: w.to(dtype), None, 0.5) for w in weights]
+
+    def linear(number: int, value: torch.Tensor) -> torch.Tensor:
+        return value @ weights[number].T + 0.5 * (value @ factors[2 * number].T) @ factors[2 * number + 1].T
+
+    expected = linear(2, nn.functional.silu(linear(0, x)) * linear(1, x))
+    found = GatedMlp.apply(x, parts, torch.float64, *factors)
+    torch.testing.assert_close(found, expected)
+    both = [torch.autograd.grad(output.cos().sum(), [x, *factors]) for output in (expected, found)]
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@settings(max_examples=30)
+@given(t=SIZES, h=SIZES, seed=st.integers(0, 99))
+def test_a_norm_of_any_shape(t: int, h: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, t, h, generator=draw, requires_grad=True)
+    weight = torch.randn(h, generator=draw)
+    expected = weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5))
+    found = RmsNorm.apply(x, weight, 1e-5)
+    torch.testing.assert_close(found, expected)
+    both = [torch.autograd.grad(output.cos().sum(), x)[0] for output in (expected, found)]
+    torch.testing.assert_close(both[1], both[0], rtol=1e-4, atol=1e-5)
+
+
+def saved_bytes(model: Any) -> int:
+    """Bytes of activations that a forward pass keeps for the backward pass."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(3, 96, (2, 32), generator=torch.Generator().manual_seed(5))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = model(input_ids=ids, use_cache=False)
+        assert outputs.logits.requires_grad
+        return sum(kept.values())
+
+
+def test_a_layer_keeps_twelve_h_four_i_four_kv_bytes_a_token() -> None:
+    """In bfloat16: 12h + 4I + 4kv and some numbers for ranks and norms, where PEFT's path keeps 16h + 8I + 4kv."""
+    found = []
+    for layers in (2, 4):
+        torch.manual_seed(3)
+        config = AutoConfig.for_model("llama", **{**SMALL, "num_hidden_layers": layers})
+        model = with_adapter(AutoModelForCausalLM.from_config(config).to(torch.bfloat16), dtype=torch.bfloat16)
+        before = saved_bytes(model)
+        fuse(model)
+        found.append((before, saved_bytes(model)))
+    tokens, h, inner, kv = 2 * 32, 48, 112, 24
+    before, after = ((high - low) / 2 / tokens for low, high in zip(*found, strict=True))
+    ranks_and_norms = (
+        2 * (4 + 4 + 2 + 4 + 4 + 7 + 4) + 2 * 4 + 4 * 4
+    )  # X Aᵀ of all seven, rstd, statistics of attention
+    assert after <= 12 * h + 4 * inner + 4 * kv + ranks_and_norms
+    assert before - after >= 4 * h + 4 * inner - ranks_and_norms
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dropout": 0.1}, "dropout"),
+        ({"dora": True}, "another method"),
+        ({"bias": "lora_only"}, "a bias of LoRA's own"),
+    ],
+)
+def test_what_is_not_plain_keeps_pefts_path(options: dict[str, Any], reason: str) -> None:
+    fused = fuse(adapted("llama", **options))
+    assert (fused.qkv, fused.mlp, fused.linear) == (0, 0, 0)
+    assert sum(fused.left.values()) == 14 and all(reason in key for key in fused.left)
+
+
+def test_without_a_graph_and_with_adapters_off_the_path_is_pefts_to_the_bit() -> None:
+    model, ids = adapted("qwen3"), torch.arange(3, 20)[None]
+
+    def answers() -> list[torch.Tensor]:
+        with torch.no_grad():
+            found = [model(input_ids=ids).logits, model.eval()(input_ids=ids).logits]
+            with model.disable_adapter():
+                found.append(model(input_ids=ids).logits)
+        model.train()
+        with model.disable_adapter():
+            found.append(model(input_ids=ids).logits.detach())
+        return found
+
+    before = answers()
+    fused: Fused = fuse(model)
+    assert all(torch.equal(one, other) for one, other in zip(before[:3], answers()[:3], strict=True))
+    torch.testing.assert_close(answers()[3], before[3])  # norms are fused here, the adapter is not seen
+    fused.undo()
+
+
+def test_recomputed_layers_give_the_same_gradients() -> None:
+    model = adapted("llama")
+    fuse(model)
+    plain = step(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loss, gradients = step(model)
+    assert loss == plain[0] and distance(gradients, plain[1]) < 1e-5
+
+
+def test_a_trained_norm_and_a_trained_base_layer_are_left_alone() -> None:
+    model = adapted("llama")
+    for name, parameter in model.named_parameters():
+        if name.endswith(("norm.weight", "layers.0.mlp.up_proj.base_layer.weight")):
+            parameter.requires_grad_(True)
+    own = step(model)
+    fused = fuse(model)
+    assert fused.norms == 0 and fused.mlp == 1 and fused.left["a trained base layer"] == 1
+    assert distance(step(model)[1], own[1]) < 1e-5

@@ -30,6 +30,7 @@ Seen = Callable[[MutableMapping[str, Any], int, float], None]
 
 LIVE = "/health/live"
 _DISCARD_BYTES, _DISCARD_S = 8 << 20, 1.0  # what is still read of a refused body, so that its sender reads the answer
+_HEAD_BYTES = 16 << 10
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 
 
@@ -114,6 +115,8 @@ class Guard:
         """Raises: Refusal for a body where none belongs, of another type than JSON, or announced as too large."""
         if len(scope["path"]) > 512 or len(scope.get("query_string", b"")) > 1024:
             raise Refusal(414, "the path is too long")
+        if headers.size > _HEAD_BYTES:
+            raise Refusal(431, f"the head has more than {_HEAD_BYTES:,} bytes")
         if not headers.has_body:
             return
         if scope["method"] in ("GET", "HEAD", "OPTIONS", "DELETE"):
@@ -161,6 +164,7 @@ class _Headers:
 
     def __init__(self, scope: MutableMapping[str, Any]) -> None:
         self._all: list[tuple[bytes, bytes]] = scope["headers"]
+        self.size = sum(len(name) + len(value) for name, value in self._all)
         length = self.one(b"content-length")
         self.length = int(length) if length.isdigit() else 0
         self.has_body = self.length > 0 or bool(self.one(b"transfer-encoding"))

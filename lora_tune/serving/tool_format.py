@@ -112,17 +112,19 @@ class ToolFormat:
     def _fields(self, rest: str, tools: Sequence[Mapping[str, Any]]) -> list[Call]:
         key_word, value_word, end_word = self.words
         calls: list[Call] = []
-        for part in rest.split(self.between):
-            part = part.rstrip().removesuffix(self.closer.rstrip()) if self.closer.strip() else part
+        end = self.closer.rstrip()
+        if not rest.rstrip().endswith(end):
+            return []  # cut off
+        for part in rest.rstrip().removesuffix(end).split(self.between):
             name, *fields = part.split(key_word)
             if not TOOL_NAME.fullmatch(name.strip()):
                 return []
             arguments: dict[str, Any] = {}
             for field in fields:
                 key, middle, value = field.partition(value_word)
-                if not middle:
+                if not middle or not value.endswith(end_word):
                     return []
-                value = value.removesuffix(end_word) if end_word else value
+                value = value.removesuffix(end_word)
                 arguments[key.strip()] = _typed(value, name.strip(), key.strip(), tools)
             calls.append((name.strip(), arguments))
         return calls

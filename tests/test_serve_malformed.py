@@ -225,7 +225,7 @@ def test_what_asks_for_nothing_is_accepted(place: Place) -> None:
     assert place.free.ask(CHAT, {**ASK, "messages": roles}).status == 200
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=4))
 def test_no_value_of_a_field_is_a_fault(place: Place, value: Any) -> None:
     for field in ("stop", "tool_choice", "messages", "tools", "response_format", "n", "logprobs", "stream_options"):

@@ -1,8 +1,10 @@
-"""How fast a hostile request is refused, and what it costs honest ones:  python -m benchmarks.refusals [ROUNDS]
+"""What a server under attack, flood and signal does:  python -m benchmarks.server_safety [ROUNDS]
 
-Starts `lora-tune serve` on the embedded base with the example adapter as a process of its own. First every bomb alone,
-20 times; then honest clients by themselves and beside two hostile ones, in turn, `ROUNDS` times. Prints one JSON object
-and keeps it in benchmarks/results/refusals.json: milliseconds from connecting to the whole reply, wall time.
+Starts `lora-tune serve` on the embedded base with the example adapter as a process of its own, with its default caps.
+1. Every bomb alone, 20 times: status and milliseconds from connecting to the whole reply. 2. Honest clients by
+themselves and beside two that throw bombs, in turn, `ROUNDS` times. 3. 500 clients at once against a queue of 256.
+4. TERM while 64 clients are being answered: seconds to the exit, and what the clients got. Wall time. Prints one JSON
+object and keeps it in benchmarks/results/server_safety.json.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +99,59 @@ def beside_bombs(port: int) -> tuple[list[float], int]:
     return took, thrown[0]
 
 
+def flood(port: int, clients: int) -> dict[str, int]:
+    """How often each status comes where so many ask at once, 32 tokens each; "dropped" are those without an answer."""
+    statuses: Counter[str] = Counter()
+
+    def client() -> None:
+        try:
+            statuses[str(ask(port, _body({"max_tokens": 32}))[0])] += 1
+        except (OSError, http.client.HTTPException):
+            statuses["dropped"] += 1
+
+    _together([client] * clients)
+    return dict(statuses)
+
+
+def end_under_load(server: subprocess.Popen[bytes], port: int) -> dict[str, Any]:
+    """TERM after the first of 64 clients, half of them streaming, has its answer."""
+    found: Counter[str] = Counter()
+    first = threading.Event()
+
+    def client(number: int) -> None:
+        streamed = number % 2 == 0
+        body = _body({"max_tokens": 100, "temperature": 1, "seed": number, "stream": streamed})
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        try:
+            connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+            reply = connection.getresponse()
+            said = reply.read()
+        except (OSError, http.client.HTTPException):
+            found["dropped"] += 1
+            return
+        whole = said.endswith(b"data: [DONE]\n\n") if streamed else b"finish_reason" in said
+        found[
+            "whole"
+            if reply.status == 200 and whole
+            else f"{reply.status} half"
+            if reply.status == 200
+            else f"{reply.status}"
+        ] += 1
+        first.set()
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    first.wait()
+    began = time.perf_counter()
+    server.terminate()
+    server.wait(timeout=60)
+    seconds = time.perf_counter() - began
+    for thread in threads:
+        thread.join()
+    return {"exit_code": server.returncode, "exit_s": round(seconds, 2), "clients": dict(found)}
+
+
 def _together(work: list[Callable[[], None]]) -> None:
     threads = [threading.Thread(target=one) for one in work]
     for thread in threads:
@@ -128,18 +184,21 @@ def main(rounds: int) -> int:
             quiet += honest(port)
             took, count = beside_bombs(port)
             loud, thrown = loud + took, thrown + count
+        flooded = flood(port, 500)
+        ended = end_under_load(server, port)
     finally:
-        server.terminate()
-        server.wait(timeout=30)
+        server.kill()
     results = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
         "python": platform.python_version(),
         "refused": refused,
         "honest": {name: _spread(times) for name, times in (("alone", quiet), ("beside bombs", loud))},
         "bombs_beside": thrown,
+        "500 clients at once": flooded,
+        "TERM under load": ended,
     }
     text = json.dumps(results, indent=1)
-    (ROOT / "benchmarks" / "results" / "refusals.json").write_text(text + "\n", encoding="utf-8")
+    (ROOT / "benchmarks" / "results" / "server_safety.json").write_text(text + "\n", encoding="utf-8")
     print(text)
     return 0
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lora_tune.errors import RecipeError, ResourceError
+from lora_tune.model import calibration
 from lora_tune.model.device import this_machine, visible_cards
-from lora_tune.model.memory import MemoryPlan, too_large, try_plan
+from lora_tune.model.footprint import job_of
+from lora_tune.model.memory import MemoryPlan, plan_job, too_large
 from lora_tune.model.source import BaseSource, find_base
-from lora_tune.model.strategy import STRATEGIES, Layout, conflicts, layout_of
+from lora_tune.model.strategy import Layout, conflicts, layout_of
 from lora_tune.recipe import Recipe
 from lora_tune.training.place import Place
 
@@ -48,16 +52,19 @@ def plan_of_process(recipe: Recipe, source: BaseSource, layout: Layout) -> Memor
 
 def _plan(recipe: Recipe, source: BaseSource, layout: Layout) -> MemoryPlan:
     machine = this_machine()
-    train = layout.share(recipe.train)
     free = machine.free_gib
     if layout.world > 1 and machine.device == "cpu":
         free /= layout.processes  # which share this memory
-    settings = {"base": recipe.base, "lora": recipe.lora, "train": train, "device": machine.device}
-    divided = STRATEGIES[layout.strategy].divided
-    if divided:  # the plan counts a whole base: what the others hold of it is as good as free
-        whole = try_plan(source.config, **settings, budget_gib=free, card=machine.card)  # type: ignore[arg-type]
-        free += sum(whole.parts_gib[part] for part in divided) * (1 - 1 / layout.world)
-    return try_plan(source.config, **settings, budget_gib=free, card=machine.card)  # type: ignore[arg-type]
+    measured = calibration.read(machine.card.name if machine.card else machine.device)
+    job = job_of(
+        source.config,
+        base=recipe.base,
+        lora=recipe.lora,
+        train=layout.share(recipe.train),
+        device=machine.device,
+        calibration=measured,
+    )
+    return plan_job(replace(job, layout=layout), free, card=machine.card)
 
 
 def fitting_micro_batch(stored: int, each: int) -> int:

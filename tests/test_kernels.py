@@ -126,14 +126,14 @@ def test_projections_of_any_shape(
         bias = torch.randn(out, generator=draw, dtype=torch.float64) if has_bias else None
         a = torch.randn(rank, h, generator=draw, dtype=torch.float64, requires_grad=True)
         b = torch.randn(out, rank, generator=draw, dtype=torch.float64, requires_grad=True)
-        parts.append(Frozen(lambda dtype, w=w: w.to(dtype), bias, scale))
+        parts.append(Frozen(w.to, bias, scale))
         factors += [a, b]
         expected.append(nn.functional.linear(x, w, bias) + scale * (x @ a.T) @ b.T)
     found = Projections.apply(x, parts, torch.float64, *factors)
     used = [number for number in range(len(outs)) if number != unused] or [0]  # an output that the loss does not see
     grads = []
     for outputs in (expected, found):
-        loss = sum(outputs[number].cos().sum() for number in used)
+        loss = torch.stack([outputs[number].cos().sum() for number in used]).sum()
         grads.append(torch.autograd.grad(loss, [x, *factors], allow_unused=True))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
@@ -153,7 +153,7 @@ def test_a_gated_mlp_of_any_shape(t: int, h: int, inner: int, rank: int, seed: i
     for out, into in shapes:
         factors += [torch.randn(rank, into, generator=draw, dtype=torch.float64, requires_grad=True)]
         factors += [torch.randn(out, rank, generator=draw, dtype=torch.float64, requires_grad=True)]
-    parts = [Frozen(lambda dtype, w=w: w.to(dtype), None, 0.5) for w in weights]
+    parts = [Frozen(w.to, None, 0.5) for w in weights]
 
     def linear(number: int, value: torch.Tensor) -> torch.Tensor:
         return value @ weights[number].T + 0.5 * (value @ factors[2 * number].T) @ factors[2 * number + 1].T

@@ -50,10 +50,10 @@ def fuse(model: nn.Module) -> Fused:
     taken: set[int] = set()
     for parent in model.modules():
         children = dict(parent.named_children())
-        if _all_plain(children, QKV, fused):
+        if _all_plain(children, QKV):
             _fuse_qkv([children[name] for name in QKV], fused)
             taken |= {id(children[name]) for name in QKV}
-        if _all_plain(children, MLP, fused) and _is_swiglu(parent, children):
+        if _all_plain(children, MLP) and _is_swiglu(parent, children):
             _fuse_mlp(parent, [children[name] for name in MLP], fused)
             taken |= {id(children[name]) for name in MLP}
     for _, layer in _adapted(model):
@@ -97,7 +97,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _all_plain(children: dict[str, nn.Module], names: tuple[str, ...], fused: Fused) -> bool:
+def _all_plain(children: dict[str, nn.Module], names: tuple[str, ...]) -> bool:
     """All of these are adapted layers that can be fused, on one device."""
     layers = [children.get(name) for name in names]
     return all(layer is not None and hasattr(layer, "lora_A") and not why_not(layer) for layer in layers)
@@ -125,9 +125,9 @@ def _plain(layer: Any) -> _Plain:
     return _Plain(layer, Frozen(read, layer.base_layer.bias, layer.scaling[name]), name)
 
 
-def _now(parts: list[_Plain], arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+def _now(parts: list[_Plain], adapter_names: list[str] | None = None) -> bool:
     """A graph is being built, and the layers are as they were when they were fused."""
-    if not torch.is_grad_enabled() or len(arguments) != 1 or named:
+    if not torch.is_grad_enabled() or adapter_names is not None:
         return False
     for part in parts:
         layer = part.layer
@@ -136,6 +136,11 @@ def _now(parts: list[_Plain], arguments: tuple[Any, ...], named: dict[str, Any])
         if type(part.factors[0]) is not nn.Parameter or layer.scaling[part.name] != part.frozen.scale:
             return False
     return True
+
+
+def _given(own: Callable[..., Any], x: torch.Tensor, adapter_names: list[str] | None) -> Any:
+    """PEFT's own path, with the adapter of each row where they are given."""
+    return own(x) if adapter_names is None else own(x, adapter_names=adapter_names)
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
@@ -158,10 +163,10 @@ def _replace(module: Any, forward: Callable[..., Any], fused: Fused) -> None:
 def _fuse_linear(layer: Any, fused: Fused) -> None:
     own, parts = layer.forward, [_plain(layer)]
 
-    def forward(*arguments: Any, **named: Any) -> Any:
-        if not _now(parts, arguments, named):
-            return own(*arguments, **named)
-        return _project(arguments[0], parts)[0]
+    def forward(x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
+        if not _now(parts, adapter_names):
+            return _given(own, x, adapter_names)
+        return _project(x, parts)[0]
 
     _replace(layer, forward, fused)
     fused.linear += 1
@@ -172,19 +177,19 @@ def _fuse_qkv(layers: list[Any], fused: Fused) -> None:
     kept: dict[int, Any] = {}
     own, parts = [layer.forward for layer in layers], [_plain(layer) for layer in layers]
 
-    def first(*arguments: Any, **named: Any) -> Any:
+    def first(x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
         kept.clear()
-        if not _now(parts, arguments, named):
-            return own[0](*arguments, **named)
-        outputs = _project(arguments[0], parts)
-        kept.update({0: arguments[0], 1: outputs[1], 2: outputs[2]})
+        if not _now(parts, adapter_names):
+            return _given(own[0], x, adapter_names)
+        outputs = _project(x, parts)
+        kept.update({0: x, 1: outputs[1], 2: outputs[2]})
         return outputs[0]
 
     def other(number: int) -> Callable[..., Any]:
-        def forward(*arguments: Any, **named: Any) -> Any:
-            if number not in kept or not _now(parts, arguments, named) or kept[0] is not arguments[0]:
-                return own[number](*arguments, **named)
-            found = kept.pop(number)
+        def forward(x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
+            if number not in kept or not _now(parts, adapter_names) or kept[0] is not x:
+                return _given(own[number], x, adapter_names)
+            found: torch.Tensor = kept.pop(number)
             if len(kept) == 1:
                 kept.clear()  # the input is not held longer than needed
             return found
@@ -200,10 +205,10 @@ def _fuse_qkv(layers: list[Any], fused: Fused) -> None:
 def _fuse_mlp(parent: Any, layers: list[Any], fused: Fused) -> None:
     own, parts = parent.forward, [_plain(layer) for layer in layers]
 
-    def forward(*arguments: Any, **named: Any) -> Any:
-        if not _now(parts, arguments, named):
-            return own(*arguments, **named)
-        x, factors = arguments[0], [matrix for part in parts for matrix in part.factors]
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not _now(parts):
+            return own(x)  # type: ignore[no-any-return]
+        factors = [matrix for part in parts for matrix in part.factors]
         return GatedMlp.apply(x, [part.frozen for part in parts], _dtype(x), *factors)
 
     _replace(parent, forward, fused)
@@ -267,10 +272,9 @@ def _offset_of(module: nn.Module, weight: torch.Tensor, epsilon: float) -> float
 def _fuse_norm(module: Any, epsilon: float, offset: float, fused: Fused) -> None:
     own = module.forward
 
-    def forward(*arguments: Any, **named: Any) -> Any:
-        x = arguments[0] if len(arguments) == 1 and not named else None
-        if x is None or not torch.is_grad_enabled() or x.dtype != module.weight.dtype or not x.requires_grad:
-            return own(*arguments, **named)
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled() or x.dtype != module.weight.dtype or not x.requires_grad:
+            return own(x)  # type: ignore[no-any-return]
         weight = module.weight if not offset else module.weight.float().add(offset).to(x.dtype)
         return RmsNorm.apply(x, weight, epsilon)
 

@@ -93,6 +93,8 @@ class GatedMlp(torch.autograd.Function):
             h_TI, inner_down_TR, factors[4:], ctx.frozen[2:], (gradient,), needs=(True, False, False, *needs[7:])
         )
         del h_TI
+        if dh_TI is None:
+            raise RuntimeError("the gradient of the product was asked for")
         d_up_TI = silu_TI.mul_(dh_TI)
         d_gate_TI = torch.ops.aten.silu_backward(dh_TI.mul_(up_TI), gate_TI)
         dx_TH, d_first = _backward(

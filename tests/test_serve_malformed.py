@@ -518,7 +518,7 @@ def test_no_connection_leaves_this_machine(place: Place) -> None:
     ("said", "told"),
     [
         ("/srv/models/a b/x: no such file", "a b/x: no such file"),
-        ("cannot read '/home/me/adapters/one'", "cannot read 'one'"),
+        ("cannot read '/data/me/adapters/one'", "cannot read 'one'"),
         ("C:\\Users\\me\\one is damaged", "one is damaged"),
         ("~/adapters/two, got 5", "two, got 5"),
         ("POST JSON to https://a.test/b and 1/2", "POST JSON to https://a.test/b and 1/2"),

@@ -77,13 +77,13 @@ class Mixture:
             self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
             self._stack(sorted(ranks) if sum(ranks.values()) <= _COLUMNS else ())
 
-    def leave(self) -> None:
-        """Take the common adapter off the model and make none active, before what is on the model changes."""
+    def leave(self, changing: str) -> None:
+        """Take the common adapter off the model, before the adapter `changing` comes or goes."""
         if self._model is not None:
             for layer in self._layers:
                 layer.set_adapter([])
                 _take_off(layer)
-            cast(Any, self._model.base_model).active_adapter = []
+            cast(Any, self._model.base_model).active_adapter = changing  # PEFT looks it up, and accepts no empty list
         self._model = self._active = self._selected = None
         self._stacked = {}
 

@@ -45,7 +45,7 @@ class Runner:
         """
         self._count += 1
         name = f"served{self._count:09}"  # none is a part of another: PEFT looks names up as parts of keys
-        self._mixture.leave()
+        self._mixture.leave(name)
         rank = mixable_rank(saved.tensors)
         try:
             self._model = attach_saved(self._model or self.base, saved, name=name)
@@ -59,7 +59,7 @@ class Runner:
         if self._model is None:
             return
         self._mixable.pop(name, None)
-        self._mixture.leave()
+        self._mixture.leave(name)
         detach(self._model, name)
         self._mixture.place(self._model, self._mixable)
 

@@ -8,19 +8,22 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from http_kit import Reply, Running, read_all, reply_of, serving
+from http_kit import Reply, Running, Scripted, read_all, reply_of, serving
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving_kit import base_section, write_adapter
 
+from lora_tune.data.chat_template import ChatTemplate, load_chat_template
+from lora_tune.model.source import find_base, load_tokenizer
 from lora_tune.serving.api import build_app
+from lora_tune.serving.backend import EngineFailed, Finished, Piece, Request
 from lora_tune.serving.engine import Limits
 from lora_tune.serving.local import LocalBackend
 from lora_tune.serving.refusals import without_paths
@@ -466,6 +469,61 @@ def test_more_than_the_queue_holds_gets_429_and_nobody_is_dropped(place: Place) 
             refused(reply, 429, place)
             assert int(reply.headers["retry-after"]) >= 1
     assert place.free.ask(CHAT, ASK).status == 200
+
+
+class Failing(Scripted):
+    """An engine that fails after so many pieces."""
+
+    def __init__(self, chat: ChatTemplate, error: Exception, *, after: int) -> None:
+        super().__init__(chat, "a few words")
+        self._error, self._after = error, after
+
+    async def stream(self, request: Request) -> AsyncGenerator[Piece | Finished, None]:
+        count = 0
+        async for item in super().stream(request):
+            if count == self._after:
+                raise self._error
+            count += 1
+            yield item
+
+
+def half(reply: Reply, code: str) -> None:
+    """A stream that began, and says at its end that it is not whole."""
+    last = json.loads(reply.body.decode().strip().rpartition("data: ")[2])
+    assert reply.status == 200 and b"[DONE]" not in reply.body
+    assert last["error"]["code"] == code
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_base: Path) -> ChatTemplate:
+    return load_chat_template(load_tokenizer(find_base(base_section(tiny_base))))
+
+
+def test_an_answer_that_takes_too_long_is_ended(chat: ChatTemplate) -> None:
+    slow = Scripted(chat, "word " * 400, pause_s=0.02)
+    with serving(slow, ServeSettings(caps=replace(CAPS, request_s=0.3))) as (running,):
+        asked = {**ASK, "model": "scripted"}
+        whole = running.ask(CHAT, asked)
+        assert whole.status == 504 and whole.headers["x-should-retry"] == "false"
+        half(running.ask(CHAT, {**asked, "stream": True}), "timeout")
+
+
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize(
+    "error", [EngineFailed("failed at /srv/secret/x.py"), RuntimeError("/srv/secret/x.py")], ids=str
+)
+def test_a_fault_gives_nothing_away(error: Exception, after: int, chat: ChatTemplate) -> None:
+    with serving(Failing(chat, error, after=after), ServeSettings()) as (running,):
+        whole = running.ask(CHAT, {**ASK, "model": "scripted"})
+        streamed = running.ask(CHAT, {**ASK, "model": "scripted", "stream": True})
+        assert running.ask("/health").status == 200
+    assert whole.status == 500 and whole.json["error"]["type"] == "server_error"
+    assert b"[DONE]" not in streamed.body
+    if after == 0:
+        assert streamed.status == 500
+    elif isinstance(error, EngineFailed):
+        half(streamed, "engine_failed")
+    assert b"secret" not in whole.body + streamed.body
 
 
 def test_small_answers_are_sent_at_once(place: Place) -> None:

@@ -28,7 +28,9 @@ def write_canonical(job: Job, scratch: Path) -> Written:
     Raises: CheckFailed for parts that are no B·A (DoRA, modules trained in full, tokens).
     """
     facts = _write_form(job, scratch, card=None)
-    render, stops = _own_words(scratch)
+    manifest = job.subject.manifest
+    render, stops = _own_words(scratch, model=job.source.folder if job.source else None)
+    stops |= frozenset(manifest.chat.stop_ids if manifest else ())  # where the format says that answers end
     return Written(facts, render, stops, (f"its proof: lora-tune adapters verify {{output}}{_base_flag(job)}",))
 
 

@@ -113,7 +113,7 @@ def _words(job: Job) -> tuple[Render, frozenset[int], str | None]:
 
     source, _ = job.known_base()
     template = template_text(job.folder) if differs(job.folder, source.folder) else None
-    render, stops = transformers_words(source.folder, model=source.folder, template=template)
+    render, stops = transformers_words(source.folder, model=source.folder, template=template, contents="text")
     return render, stops, template
 
 

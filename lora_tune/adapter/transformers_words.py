@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from lora_tune.adapter.parity import Render
 from lora_tune.data.conversation import Conversation
 from lora_tune.errors import CheckFailed, Problem
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _CONFIGS = ("generation_config.json", "config.json")
 
 
 def transformers_words(
-    folder: Path, *, model: Path | None = None, template: str | None = None
+    folder: Path,
+    *,
+    model: Path | None = None,
+    template: str | None = None,
+    contents: Literal["as the template reads them", "text"] = "as the template reads them",
 ) -> tuple[Render, frozenset[int]]:
     """How a transformers tokenizer of this folder renders a request, and the ids at which generation ends.
 
     They are the tokenizer's eos, and those that the generation settings and the configuration of `model` name.
-    `template` is one that the engine is given besides the tokenizer.
+    `template` is one that the engine is given besides the tokenizer. Some templates (of vision models) read contents
+    as lists of parts: vLLM and SGLang notice and make such lists, mlx-lm always hands over text.
 
     Raises: UsageError where the folder has no sound tokenizer.
     """
@@ -31,10 +40,13 @@ def transformers_words(
     tokenizer = read_tokenizer(folder, name=folder.name)
     if template is not None:
         tokenizer.chat_template = template
+    in_parts = contents != "text" and _reads_parts(tokenizer)
     stops = _stop_ids(model) | ({int(tokenizer.eos_token_id)} if tokenizer.eos_token_id is not None else set())
 
     def render(request: Conversation) -> list[int]:
         messages = [message.as_template_input() for message in request.messages]
+        if in_parts:
+            messages = [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in messages]
         try:
             ids = tokenizer.apply_chat_template(
                 messages, tools=list(request.tools) or None, add_generation_prompt=True, return_dict=False
@@ -45,6 +57,15 @@ def transformers_words(
         return [int(token) for token in ids]
 
     return render, frozenset(stops)
+
+
+def _reads_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    from lora_tune.data.template_check import probe_template
+
+    if not tokenizer.chat_template:
+        return False
+    text = tokenizer.get_chat_template(None, None)
+    return probe_template(text, variables=tokenizer.special_tokens_map, where="chat template").content_as_parts
 
 
 def _template_error() -> type[Exception]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,7 +22,7 @@ from lora_tune.errors import Problem, RecipeError, UsageError
 from lora_tune.model import base_fit
 from lora_tune.model.base_config import stored_bits
 from lora_tune.model.cards import Card, find_card, usable_gib
-from lora_tune.model.device import Device, this_machine
+from lora_tune.model.device import Device, this_machine, visible_cards
 from lora_tune.model.links import find_link, link_of
 from lora_tune.model.memory import MemoryPlan, too_large, try_plan
 from lora_tune.model.scaling import Place, Several, largest_paying, on_cards
@@ -98,7 +98,7 @@ def command(
     file = _recipe(arguments or [], model)
     target = _target(gpu)
     with nullcontext() if model else file.locating():
-        place = _place(target, link=link, network=network)
+        place = _place(target, link=link, network=network, here="yes" if gpu.strip().lower() == "auto" else "no")
         plan, source, problems, several = look(file.recipe, target, place=place, cards=cards)
     step_s = several.chosen.step_s if several else plan.step_s
     duration = _duration(file.recipe, step_s, amount=_amount(file.recipe, source, model))
@@ -160,10 +160,12 @@ def _on_more(source: BaseSource, recipe: Recipe, place: Place) -> str | None:
     return None
 
 
-def _place(target: Target, *, link: str | None, network: str) -> Place:
+def _place(target: Target, *, link: str | None, network: str, here: Literal["yes", "no"]) -> Place:
     """The cards of the target and what joins them. Raises: UsageError."""
     between = link_of(target.card) if link is None else find_link(link)
-    return Place(target.budget_gib, target.device, target.card, between, find_link(network, option="--network"))
+    visible = max(1, len(visible_cards())) if here == "yes" else 1
+    across = find_link(network, option="--network")
+    return Place(target.budget_gib, target.device, target.card, between, across, visible)
 
 
 def _recipe(arguments: Sequence[str], model: str | None) -> RecipeFile:

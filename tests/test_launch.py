@@ -145,6 +145,29 @@ def test_the_sbatch_script_under_a_stand_in_of_srun(tmp_path: Path, code: int, r
     assert (queue.read_text().split() if queue.exists() else []) == ["requeue", "10007"] * again
 
 
+@pytest.mark.nightly
+@pytest.mark.skipif("LORA_TUNE_ENGINES_REQUIRED" not in os.environ, reason="half a minute: make nightly")
+def test_two_tasks_of_srun_train_one_adapter(tmp_path: Path, tiny_base: Path, capsys: Printed) -> None:
+    rows = [{"instruction": f"Count to {n}.", "output": f"{n}, done."} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.yaml").write_text(
+        f"base: {{name: {tiny_base}, quantize: none, compute_dtype: float32}}\ndata: [{{source: rows.jsonl}}]\n"
+        "train: {max_steps: 3, batch_size: 4, max_length: 128}\neval: {samples: 0}\noutput: out\n"
+    )
+    together = (
+        STAND_IN.replace('"$@" || exit $?\n', '"$@" & pids+=($!)\n')
+        + 'for pid in "${pids[@]}"; do wait "$pid" || exit $?; done\n'
+    )
+    tools = {"srun": together, "scontrol": "#!/bin/bash\necho 127.0.0.1\n"}
+    for name, text in tools.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "job.sh").write_text(render(Job("a", "r.yaml", RECIPE, "out", cards=2), "slurm"))
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
+    subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, check=True, timeout=250)
+    assert main(["adapters", "verify", str(tmp_path / "out"), "--base", str(tiny_base)]) == 0
+
+
 def written(folder: Path, capsys: Printed, *arguments: str, code: int = 0) -> dict[str, Any]:
     capsys.readouterr()
     assert main(["launch", *arguments, "--json"]) == code

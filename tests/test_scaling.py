@@ -137,6 +137,8 @@ def test_hardware_of_the_recipe_is_planned_without_options(base: str, capsys: Pr
     answer = planned(capsys, *given, "--network", "10gbe")
     assert answer["cards"] | {"cards": 4, "nodes": 2, "link": "10gbe", "strategy": "ddp"} == answer["cards"]
     assert "cards" not in planned(capsys, "--model", base, "--gpu", "h200", "hardware.processes=1")
+    here = on_cards(LLAMA_8B, recipe(train={"batch_size": 6}), cards=None, place=replace(place("h200"), cards=4))
+    assert here is not None and here.chosen.layout.world == 3, "as many of the four as divide the batch"
     processes = on_cards(LLAMA_8B, recipe(), cards=2, place=replace(place("h200"), device="cpu", card=None))
     assert processes is not None and processes.chosen.memory is not None
     assert processes.chosen.memory.budget_gib == pytest.approx(place("h200").budget_gib / 2), "they share the memory"

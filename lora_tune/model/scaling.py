@@ -32,13 +32,17 @@ _BUCKET_BYTES = 25 * 2**20  # in which torch's DistributedDataParallel sums grad
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where it would run: one card's free memory and speed, what joins the cards of a machine, and the machines."""
+    """Where it would run: one card's free memory and speed, what joins the cards of a machine, and the machines.
+
+    `cards` are those of this machine that a run would see, 1 where another machine is planned for.
+    """
 
     budget_gib: float
     device: Device
     card: Card | None
     link: Link
     network: Link
+    cards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +182,10 @@ def on_cards(config: Mapping[str, Any], recipe: Recipe, *, cards: int | None, pl
     """
     hardware = recipe.hardware
     if cards is None:
-        each = hardware.processes if hardware.processes != "auto" else 1
+        here = 1 if hardware.strategy == "single" else place.cards
+        share = recipe.train.batch_size // hardware.nodes or 1
+        auto = max(number for number in range(1, here + 1) if share % number == 0)
+        each = hardware.processes if hardware.processes != "auto" else auto
         cards, nodes = each * hardware.nodes, hardware.nodes
     else:
         nodes = hardware.nodes if cards % hardware.nodes == 0 and hardware.nodes > 1 else layout_on(cards, "ddp").nodes

@@ -235,6 +235,8 @@ def _train(
     trainer = build(
         model, prepared.train, train=train, evaluation=evaluation, seed=recipe.seed, folder=folder, chat=chat
     ).for_run(facts)
+    if team.several:
+        prepared.ledger.rows_of_processes = trainer.rows_of_processes()
     if planned.preflight == "on" and start.found is None:
         check_before_training(trainer, planned, chat=chat, held_out=prepared.held_out_rows)
     trainer.train(resume_from_checkpoint=str(start.found.folder) if start.found else None)

@@ -66,7 +66,11 @@ def run(arguments: Sequence[str], *, cwd: Path, world: int, strike: Strike | Non
 
 def _server() -> subprocess.Popen[str]:
     if not _servers:
-        environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "FATAL", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+        environment = {
+            **os.environ,
+            "TORCH_CPP_LOG_LEVEL": "FATAL",
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        }
         program = [sys.executable, "-c", "import ranks; ranks.serve()"]
         server = subprocess.Popen(
             program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT

@@ -159,6 +159,7 @@ class Ledger:
     packing: Packing | None = None
     notices: list[Problem] = field(default_factory=list)
     overlap: Overlap | None = None
+    rows_of_processes: tuple[int, ...] = ()  # of an epoch, by rank, where several processes share it
     """What held-out rows share with training rows, where it was looked for."""
 
     def total(self, name: str) -> int:
@@ -186,6 +187,7 @@ class Ledger:
             else {**asdict(self.packing), "efficiency": self.packing.efficiency},
             "warnings": [str(warning) for warning in self.warnings()],
             **({"overlap": self.overlap.as_json()} if self.overlap is not None else {}),
+            **({"rows_of_processes": list(self.rows_of_processes)} if self.rows_of_processes else {}),
         }
 
     def table(self) -> list[tuple[str, ...]]:

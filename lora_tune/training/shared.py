@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lora_tune.errors import Interrupted, Problem, ResourceError
+from lora_tune.errors import CheckFailed, Interrupted, Problem, ResourceError
 from lora_tune.interrupts import signal_name
 from lora_tune.model.divided import divide
 from lora_tune.terminal import messages
@@ -50,23 +50,38 @@ class SharedTrainer(BudgetedTrainer):
         def collate(batch: list[dict[str, Any]]) -> Any:
             return self.data_collator(batch or [empty_batch(rows[0])])
 
-        sampler = ShareSampler(
+        pinned = self.args.dataloader_pin_memory
+        loader: DataLoader = DataLoader(rows, batch_sampler=self._shares(), collate_fn=collate, pin_memory=pinned)
+        prepared: DataLoader = self.accelerator.prepare(loader)
+        return prepared
+
+    def _shares(self) -> ShareSampler:
+        return ShareSampler(
             self._sampler,
             micro=self.steps.micro_batch_size,
             accumulation=self.steps.accumulation,
             rank=self.team.rank,
             world=self.team.world,
         )
-        pinned = self.args.dataloader_pin_memory
-        loader: DataLoader = DataLoader(rows, batch_sampler=sampler, collate_fn=collate, pin_memory=pinned)
-        prepared: DataLoader = self.accelerator.prepare(loader)
-        return prepared
 
     def own_rows(self, rows: Sequence[int]) -> list[int]:
         """Of the rows of a step those that this process trains on, in its order."""
         micro, team = self.steps.micro_batch_size, self.team
         parts = share_of_step(rows, micro=micro, rank=team.rank, world=team.world)
         return [number for part in parts for number in part]
+
+    def rows_of_processes(self) -> tuple[int, ...]:
+        """How many rows of an epoch each process trains on, as its own loader gives them.
+
+        Raises:
+            CheckFailed: a row would be left out or trained twice.
+        """
+        own = [row for part in self._shares() for row in part]
+        shares = self.team.gather(own)
+        if sorted(row for share in shares for row in share) != list(range(self._sampler.rows)):
+            counted = f"{sum(map(len, shares))} of {self._sampler.rows}"
+            raise CheckFailed(f"rows are lost or repeated between the processes: {counted}", "please report it")
+        return tuple(map(len, shares))
 
     def draw_anew(self) -> None:
         """Random numbers of this step and process alone."""

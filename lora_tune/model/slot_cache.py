@@ -31,6 +31,8 @@ class _SlotLayer(CacheLayerMixin):
     """Keys and values of one layer: (slots, heads, columns, width)."""
 
     is_sliding = False
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
 
     def __init__(self, now: _Now) -> None:
         super().__init__()
@@ -56,18 +58,23 @@ class _SlotLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, cache_kwargs: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         now, found = self._now, []
-        if self.keys is None:
-            self.lazy_initialization(key_states, value_states)
-            shape = (self.slots, key_states.shape[1], self.columns)
-            self.keys = key_states.new_zeros((*shape, key_states.shape[3]))
-            self.values = value_states.new_zeros((*shape, value_states.shape[3]))
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
+        for held, new in zip(self.held(key_states, value_states), (key_states, value_states), strict=True):
             if now.rows_B is not None:
                 held[now.rows_B, :, now.columns_B] = new[:, :, 0]
             else:
                 held[: now.rows, :, now.first : now.length] = new
             found.append(held[: now.rows, :, : now.length])
         return found[0], found[1]
+
+    def held(self, like_keys: torch.Tensor, like_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the layer holds, made at the first call: heads, width and dtype are those of `like_*`."""
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(like_keys, like_values)
+            self.keys, self.values = (
+                like.new_zeros((self.slots, like.shape[1], self.columns, like.shape[3]))
+                for like in (like_keys, like_values)
+            )
+        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._now.length, 0
@@ -130,16 +137,10 @@ class SlotCache(Cache):
         for layer, foreign in zip(self._own_layers(), other._own_layers(), strict=True):
             if foreign.keys is None or foreign.values is None:
                 continue
-            if layer.keys is None or layer.values is None:
-                layer.lazy_initialization(foreign.keys, foreign.values)
-                layer.keys = foreign.keys.new_zeros(self._shape(foreign.keys))
-                layer.values = foreign.values.new_zeros(self._shape(foreign.values))
-            for held, given in ((layer.keys, foreign.keys), (layer.values, foreign.values)):
+            own = layer.held(foreign.keys, foreign.values)
+            for held, given in zip(own, (foreign.keys, foreign.values), strict=True):
                 held[target, :, :length] = given[source, :, :length]
                 held[target, :, length:] = 0  # hidden by the mask, but 0 * NaN would be seen
-
-    def _shape(self, like: torch.Tensor) -> tuple[int, int, int, int]:
-        return self._slots, like.shape[1], self._columns, like.shape[3]
 
     def _own_layers(self) -> list[_SlotLayer]:
         return [layer for layer in self.layers if isinstance(layer, _SlotLayer)]

@@ -13,14 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from lora_tune.errors import LoraTuneError
 from lora_tune.serving.backend import (
-    Counters,
     Draining,
     EngineFailed,
     Finished,
@@ -34,6 +33,7 @@ from lora_tune.serving.batch import Batch, SingleBatch, SlotBatch
 from lora_tune.serving.job import Item, Job, Row
 from lora_tune.serving.runner import Runner
 from lora_tune.serving.sampling import choose, draws_of, log_probabilities
+from lora_tune.serving.totals import Totals
 
 _log = logging.getLogger(__name__)
 _SHORTEST, _STEP = 256, 4  # tokens of the shortest kind of row, and by how much the next kind is longer
@@ -63,27 +63,6 @@ class _Kind(NamedTuple):
     alone: int | None  # the number of a suspected job
 
 
-@dataclass
-class _Totals:
-    steps: int = 0
-    step_rows: int = 0
-    step_s: float = 0.0
-    prefill_tokens: int = 0
-    models: dict[str, Counters] = field(default_factory=dict)
-
-    def count(self, model: str, *, requests: int = 0, prompt: int = 0, completion: int = 0, ended: str = "") -> None:
-        """Add to what a model has done."""
-        old = self.models.get(model, Counters())
-        self.models[model] = replace(
-            old,
-            requests=old.requests + requests,
-            prompt_tokens=old.prompt_tokens + prompt,
-            completion_tokens=old.completion_tokens + completion,
-            cancelled=old.cancelled + (ended == "cancelled"),
-            failed=old.failed + (ended == "failed"),
-        )
-
-
 class Engine:
     """A thread that answers. All public methods may be called from other threads."""
 
@@ -96,7 +75,7 @@ class Engine:
         self._live: dict[Row, _Kind] = {}
         self._leaving: dict[str, Future[None]] = {}
         self._outbox: list[tuple[Job, Item]] = []
-        self._totals = _Totals()
+        self._totals = Totals()
         self._state = "open"  # then draining, then closed
         self._drained: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="lora_tune-engine", daemon=True)
@@ -154,24 +133,10 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """What the engine does and did."""
-        totals = self._totals
         with self._changed:
-            waiting, live = [job.request.model for job in self._waiting], list(self._live)
-        running = [row.job.request.model for row in live]
-        models = {
-            name: replace(totals.models.get(name, Counters()), running=running.count(name), waiting=waiting.count(name))
-            for name in {*totals.models, *running, *waiting}
-        }
-        return Statistics(
-            len(running),
-            len(waiting),
-            self._limits.queue,
-            totals.steps,
-            totals.step_rows,
-            totals.step_s,
-            totals.prefill_tokens,
-            models,
-        )
+            waiting = [job.request.model for job in self._waiting]
+            running = [row.job.request.model for row in self._live]
+        return self._totals.with_jobs(running=running, waiting=waiting, queue=self._limits.queue)
 
     # ----- the thread -----
     @torch.inference_mode()

@@ -63,6 +63,20 @@ class Connection:
             self.close()
         return int(head.split()[1]), found
 
+    async def first_token(self, path: str, body: dict[str, object]) -> float:
+        """Seconds until the first event of a streamed answer, which is then read to its end."""
+        if self._streams is None:
+            self._streams = await asyncio.open_connection(self._host, self._port)
+        reader, writer = self._streams
+        data = json.dumps({**body, "stream": True}).encode()
+        began = time.perf_counter()
+        writer.write(f"POST {path} HTTP/1.1\r\n{self._head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        await reader.readuntil(b"data: ")
+        seconds = time.perf_counter() - began
+        await reader.readuntil(b"data: [DONE]")
+        self.close()
+        return seconds
+
     def close(self) -> None:
         """Leave."""
         if self._streams is not None:
@@ -96,3 +110,19 @@ async def run_load(
     await asyncio.gather(*(client() for _ in range(clients)))
     load.seconds = time.perf_counter() - began
     return load
+
+
+async def first_tokens(
+    url: str, models: list[str], prompts: list[str], *, clients: int, token: str | None
+) -> list[float]:
+    """Seconds until the first event, of four streamed answers for each of so many clients at once."""
+    found: list[float] = []
+
+    async def client(number: int) -> None:
+        connection = Connection(url, token)
+        for turn in range(4):
+            body: dict[str, object] = {"model": models[(number + turn) % len(models)], "prompt": prompts[number % 4]}
+            found.append(await connection.first_token("/v1/completions", {**body, "max_tokens": 8, "temperature": 0}))
+
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return sorted(found)

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.load_client import run_load
+from benchmarks.load_client import first_tokens, run_load
 from benchmarks.random_adapters import write_adapters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +74,10 @@ def measure(
             if process:
                 used = sum(process.cpu_times()[:2]) - before
                 row["cpu_ms_per_request"] = round(1000 * used / max(1, len(load.latencies)), 2)
+            if name != "plain generate":  # which cannot stream
+                waits = asyncio.run(first_tokens(url, models, list(WORDS), clients=clients, token=options.token))
+                row["first_token_p50_ms"] = round(1000 * waits[len(waits) // 2], 1)
+                row["first_token_p99_ms"] = round(1000 * waits[int(0.99 * (len(waits) - 1))], 1)
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows

@@ -30,7 +30,7 @@ from lora_tune.serving.refusals import without_paths
 from lora_tune.serving.settings import Caps, ServeSettings
 
 TOKEN = "a-token-for-the-tests"
-CAPS = Caps(header_s=1.0, body_s=1.0, write_s=1.0, messages=32, connections=700)
+CAPS = Caps(header_s=1.0, body_s=1.0, write_s=1.0, messages=32, connections=700, adapters=2)
 CHAT = "/v1/chat/completions"
 ASK: dict[str, Any] = {"model": "one", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 TEXT: dict[str, Any] = {"model": "one", "prompt": "Hi", "max_tokens": 4}
@@ -350,6 +350,8 @@ def test_an_adapter_is_loaded_asked_and_unloaded(place: Place) -> None:
         assert [model["id"] for model in listed][1:] == ["new", "one"]
         assert str(place.root) not in json.dumps(listed)
         assert place.free.ask(CHAT, {**ASK, "model": "new"}).status == 200
+        one_more = place.free.ask("/v1/load_lora_adapter", {"lora_name": "more", "lora_path": "two"})
+        refused(one_more, 400, place, says="at most 2 adapters")
         assert b'model="new"' in place.free.ask("/metrics").body
         assert place.free.ask("/v1/unload_lora_adapter", {"lora_name": "new"}).status == 200
         refused(place.free.ask(CHAT, {**ASK, "model": "new"}), 404, place)

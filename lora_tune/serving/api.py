@@ -55,6 +55,7 @@ class _Api:
 
     def __init__(self, backend: Backend, settings: ServeSettings, prompting: Prompting) -> None:
         self._backend, self._settings, self._prompting = backend, settings, prompting
+        self._one_load = asyncio.Lock()
 
     def start(self, metrics: Metrics, completions: Completions) -> None:
         """What the handlers need, once all routes are known."""
@@ -124,7 +125,11 @@ class _Api:
         name, path = read_load(_body(request))
         if MODEL_NAME.fullmatch(name) is None:
             raise bad("lora_name", "must be a to z, 0 to 9, _ and -, at most 64, a letter or number first")
-        await self._backend.load(name, _below(root, path))
+        folder = _below(root, path)
+        async with self._one_load:
+            if len(self._backend.models()) > self._settings.caps.adapters:
+                raise Refusal(400, f"at most {self._settings.caps.adapters} adapters at once; unload one", code="full")
+            await self._backend.load(name, folder)
         return Response(f"Success: LoRA adapter '{name}' added successfully.", media_type="text/plain")
 
     async def unload(self, request: Request) -> Response:

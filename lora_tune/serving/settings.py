@@ -42,6 +42,8 @@ class Caps:
     stops: int = 16
     stop_characters: int = 256
     top_logprobs: int = 20
+    adapters: int = 64
+    """Adapters that are served when one more is to be loaded by a request."""
 
 
 @dataclass(frozen=True, slots=True)

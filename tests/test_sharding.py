@@ -1,4 +1,4 @@
-"""What the plan says that a card holds, gathers and sends, against torch: `fully_shard` and DDP.
+"""What the plan says that a card holds, gathers and sends, against torch: `fully_shard` and what a team sends.
 
 One process plays rank 0 of 2, 3, 4 or 8: with torch's "fake" process group every tensor is divided and every collective
 is called as among real processes, and carries nothing.
@@ -7,6 +7,9 @@ is called as among real processes, and carries nothing.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +30,7 @@ from lora_tune.model.scaling import exchanged
 from lora_tune.model.sharding import gathered_units, held_adapter, held_base
 from lora_tune.model.strategy import Layout
 from lora_tune.recipe import Base, Lora, Train
+from lora_tune.training.team import Team
 
 LORA = Lora(rank=4, alpha=8.0)
 
@@ -36,7 +40,7 @@ class Sent(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: dict[str, int] = {"gather": 0, "scatter": 0}
+        self.bytes: dict[str, int] = {"gather": 0, "scatter": 0, "sum": 0}
         self.calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,6 +50,8 @@ class Sent(TorchDispatchMode):
             self.bytes["gather"] += args[0].nbytes
         elif "c10d._reduce_scatter_base_" in name:
             self.bytes["scatter"] += args[1].nbytes
+        elif "c10d.allreduce_" in name:
+            self.bytes["sum"] += sum(tensor.nbytes for tensor in args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -96,24 +102,46 @@ def test_a_card_holds_and_sends_what_the_divided_base_does(tiny_base: Path, card
 
 
 def test_ddp_sums_the_gradients_of_the_adapter_once(tiny_base: Path) -> None:
-    planned, summed = job(tiny_base, "ddp", 2), []
-
-    def count(_, bucket):  # type: ignore[no-untyped-def]  # torch looks at annotations, which are text here
-        summed.append(bucket.buffer().nbytes)
-        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
-
+    """What the team of a run adds up after a step: the adapter's gradients, the loss, and which of them there are."""
+    planned = job(tiny_base, "ddp", 2)
     with first_of(2):
-        model = torch.nn.parallel.DistributedDataParallel(adapter(tiny_base, lora=LORA))
-        model.register_comm_hook(None, count)
-        backward(model)
+        model = adapter(tiny_base, lora=LORA)
+        assert sum(backward(model).bytes.values()) == 0
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        team = Team(rank=0, world=2, layout=Layout("ddp", 2), store=dist.HashStore())
+        with Sent() as sent:
+            team.add([*gradients, torch.zeros(()), torch.ones(len(gradients))])
     planned_bytes, _, hops = exchanged(planned, accumulation=8)
-    assert planned_bytes == 2 * 0.5 * sum(summed) and hops == 2  # a ring sends 2 (n - 1) / n of a sum
+    summed = sent.bytes["sum"] - 4 * (1 + len(gradients))
+    assert planned_bytes == 2 * 0.5 * summed and hops == 2  # a ring sends 2 (n - 1) / n of a sum
     alone = parts_gib(job(tiny_base, "single", 1), Choice(1, 0, "adamw"))
     together = parts_gib(planned, Choice(1, 0, "adamw"))
-    assert together.pop("exchange") * 2**30 == sum(summed)
+    assert together.pop("exchange") * 2**30 == summed
     assert together == alone
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif("LORA_TUNE_ENGINES_REQUIRED" not in os.environ, reason="a quarter of a minute: make nightly")
+def test_two_real_processes_send_the_same(tiny_base: Path, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1]))),
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(tmp_path / "store"), str(tiny_base)],
+            stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    found = [json.loads(process.communicate(timeout=200)[0]) for process in started]
+    planned = job(tiny_base, "fsdp2", 2)
+    sent, collectives, _ = exchanged(planned, accumulation=1)
+    for one in found:
+        assert one["bytes"]["gather"] + one["bytes"]["scatter"] == 2 * sent and one["calls"] == collectives
+        assert one["held"] == held_base(planned.shape, planned.base, element=4, cards=2) + 4 * held_adapter(
+            planned.shape, LORA, cards=2
+        )
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "none"])
@@ -144,3 +172,15 @@ def test_published_bytes_of_two_cards() -> None:
         shape = job_of(config, base=base, lora=lora, train=Train(), device="cuda").shape
         planned = held_base(shape, base, element=2, cards=2) + 4 * held_adapter(shape, lora, cards=2)
         assert planned == pytest.approx(allocated, rel=0.1)
+
+
+if __name__ == "__main__":  # one of two real processes
+    rank, store, base = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(store, 2))
+    model = adapter(base, lora=LORA)
+    divide(model, device=torch.device("cpu"))
+    sent = backward(model)
+    held = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    print(json.dumps({"bytes": sent.bytes, "calls": sent.calls, "held": held}), flush=True)
+    dist.barrier()
+    os._exit(0)

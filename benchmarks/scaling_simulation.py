@@ -77,7 +77,7 @@ ROWS = (
     of_answer("Llama-2-7B bfloat16, 2 RTX 3090*, ddp to fsdp", LLAMA_7B, "none", "pcie3x4", (881, 1366), batch=4),
     of_answer("Llama-2-7B bfloat16, 2 RTX 3090*, ddp to fsdp", LLAMA_7B, "none", "pcie3x4", (881, 1199), batch=6),
     of_answer("Llama-2-7B nf4, 2 RTX 3090*, ddp to fsdp", LLAMA_7B, "nf4", "pcie3x4", (875, 998), batch=4),
-    of_answer("Llama-2-70B nf4, 4 to 8 A5000", LLAMA_70B, "nf4", "pcie4", (4829 / 2, 2613), batch=1, cards=8),
+    of_answer("Llama-2-70B nf4, 4 to 8 A5000*", LLAMA_70B, "nf4", "pcie4", (4829 / 2, 2613), batch=1, cards=8),
     of_answer("Llama-2-70B nf4, 4 to 8 A100-40", LLAMA_70B, "nf4", "nvlink3", (1266 / 2, 672), batch=4, cards=8),
 )
 
@@ -137,9 +137,9 @@ _HEAD = """\
 # Steps on several cards, simulated from one card's measured speed
 
 `python -m benchmarks.scaling_simulation --write`. Computing: published, from fewer cards or from `ddp` on the same
-ones. Exchange: bytes counted by `lora_tune.model.scaling` over the link's rate. `*`: its link is not published
-("older motherboard", no NVLink); PCIe 3 with 4 lanes is what fits, so that these rows test the form and not the
-number.
+ones. Exchange: bytes counted by `lora_tune.model.scaling` over the link's rate. `*`: the link is not published. Two RTX 3090
+in an "older motherboard" are taken to have 4 lanes of PCIe 3, which is what fits: these rows test the form and not the
+number. A5000s are taken to have 16 lanes of PCIe 4, A100s to be joined by NVLink (SXM).
 """
 _BETWEEN = """
 Measured over simulated: {low:.2f} to {high:.2f}, in the middle {middle:.2f}. Links count as {reached:.0%} of their

@@ -41,7 +41,7 @@ def test_the_tables_are_what_the_commands_print() -> None:
 def test_published_steps_of_several_cards_lie_near_the_simulation() -> None:
     """Where the link is known: never faster than simulated, and at most a quarter slower."""
     known = [row for row in scaling_simulation.ROWS if "*" not in row.what]
-    assert len(known) >= 9
+    assert len(known) >= 8
     for row in known:
         assert 1.0 <= row.step_s / scaling_simulation.simulated(row) <= 1.25, row.what
 

@@ -137,9 +137,9 @@ _HEAD = """\
 # Steps on several cards, simulated from one card's measured speed
 
 `python -m benchmarks.scaling_simulation --write`. Computing: published, from fewer cards or from `ddp` on the same
-ones. Exchange: bytes counted by `lora_tune.model.scaling` over the link's rate. `*`: the link is not published. Two RTX 3090
-in an "older motherboard" are taken to have 4 lanes of PCIe 3, which is what fits: these rows test the form and not the
-number. A5000s are taken to have 16 lanes of PCIe 4, A100s to be joined by NVLink (SXM).
+ones. Exchange: bytes counted by `lora_tune.model.scaling` over the link's rate. `*`: the link is not published. Two
+RTX 3090 in an "older motherboard" are taken to have 4 lanes of PCIe 3, which is what fits: these rows test the form
+and not the number. A5000s are taken to have 16 lanes of PCIe 4, A100s to be joined by NVLink (SXM).
 """
 _BETWEEN = """
 Measured over simulated: {low:.2f} to {high:.2f}, in the middle {middle:.2f}. Links count as {reached:.0%} of their

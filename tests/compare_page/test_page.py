@@ -138,6 +138,7 @@ def test_what_differs_is_marked_in_more_than_colour(url: str, opened: Opener) ->
     one.send(QUESTION)
     marks = one.page.locator(".card mark")
     assert marks.count() == 2 and "altogether another answer" in one.cards().nth(1).inner_text()
+    assert "tokens/s" not in one.cards().nth(1).inner_text(), "a rate of five tokens"
     assert "underline" in marks.first.evaluate("e => getComputedStyle(e).textDecorationLine")
     texts = one.texts()
     one.page.locator("#marks").uncheck()

@@ -49,6 +49,7 @@ def test_a_busy_server_says_so_and_answers_later(servers: Servers, opened: Opene
         base_section(BASE), adapters={"example": EXAMPLE, "twin": EXAMPLE}, limits=Limits(rows=1, queue=1)
     )
     one = opened(servers.start(small, ServeSettings()).url)
+    assert "preference" not in one.page.locator("#empty").inner_text(), "this server keeps no votes"
     one.page.locator("#add-column").click()
     for column in (1, 2, 3):
         one.page.locator(f"#column-{column}").select_option(BASE)
@@ -123,6 +124,7 @@ def test_a_command_for_the_shell_asks_the_same(url: str, opened: Opener) -> None
 def test_everything_is_done_with_the_keyboard(url: str, votes: Path, opened: Opener) -> None:
     one = opened(url)
     page = one.page
+    page.evaluate("document.getElementById('max_tokens').value = 12")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     page.keyboard.press("Enter")

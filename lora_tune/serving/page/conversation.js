@@ -2,6 +2,8 @@
 
 import { Failure, stream } from './api.js';
 
+const LEAST = 8, LEAST_MS = 50; // tokens and time of which a rate is told
+
 // One answer of one model. `messages` are what was sent; `state`: waiting, running, done, stopped, failed.
 export class Answer {
   constructor(model, messages, sampling) {
@@ -18,14 +20,13 @@ export class Answer {
     Object.assign(this, { text: '', state: 'waiting', finish: null, usage: null, failure: null });
     const start = performance.now();
     this.firstMs = this.tokensPerSecond = null;
-    let first = null, last = null;
+    let first = null;
     try {
       for await (const chunk of stream(this.body, signal)) {
         const choice = chunk.choices?.[0], piece = choice?.delta?.content;
         if (piece) {
-          last = performance.now();
-          first ??= last;
-          this.firstMs ??= last - start;
+          first ??= performance.now();
+          this.firstMs ??= first - start;
           this.state = 'running';
           this.text += piece;
           onText(piece);
@@ -38,8 +39,9 @@ export class Answer {
       this.state = signal.aborted ? 'stopped' : 'failed';
       if (!signal.aborted) this.failure = error instanceof Failure ? error : new Failure('broken', 'The answer could not be read.');
     }
-    const made = this.usage?.completion_tokens;
-    if (made > 1 && last > first) this.tokensPerSecond = (made - 1) / ((last - first) / 1000);
+    // of a few tokens that arrive together nothing can be told
+    const made = this.usage?.completion_tokens, took = performance.now() - first;
+    if (first !== null && made >= LEAST && took >= LEAST_MS) this.tokensPerSecond = (made - 1) / (took / 1000);
   }
 
   // Whether a next prompt can build on it.

@@ -40,6 +40,7 @@ async function connect() {
     const found = await ask('compare/adapters');
     models = found.models;
     keepsVotes = found.votes;
+    byId('votes-kept').hidden = !keepsVotes;
     byId('max_tokens').max = found.max_tokens;
     byId('alert').hidden = true;
     byId('token-open').hidden = !token.get();

@@ -29,7 +29,12 @@ def parse_body(body: bytes, *, caps: Caps) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Refusal(400, "the body must be a JSON object")
     _measure(content, caps)
+    if _SURROGATE in body.lower():  # nothing else can make one
+        _check_text(content)
     return content
+
+
+_SURROGATE = b"\\ud"
 
 
 class _Wrong(ValueError):
@@ -50,27 +55,33 @@ def _no_constant(name: str) -> float:
 
 
 def _measure(content: dict[str, Any], caps: Caps) -> None:
-    """Walk through all values. Raises: Refusal where they are too deep, too many, or text that UTF-8 cannot write."""
+    """Walk through all values. Raises: Refusal where they are too deep, too many, or a number is infinite."""
     waiting: list[tuple[Any, int]] = [(content, 1)]
-    count = 0
+    count = 1
     while waiting:
         value, depth = waiting.pop()
-        count += 1
-        if depth > caps.depth:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Refusal(400, "the body has a number that is too large")
+        if not isinstance(value, (dict, list)):
+            continue
+        count += len(value)
+        if depth >= caps.depth and value:
             raise Refusal(400, f"the body is nested deeper than {caps.depth}")
         if count > caps.values:
             raise Refusal(400, f"the body has more than {caps.values:,} values")
-        if isinstance(value, dict):
-            waiting += [(item, depth + 1) for item in value.values()]
-            texts = list(value)
-        elif isinstance(value, list):
-            waiting += [(item, depth + 1) for item in value]
-            continue
-        else:
-            texts = [value] if isinstance(value, str) else []
-        if isinstance(value, float) and not math.isfinite(value):
-            raise Refusal(400, "the body has a number that is too large")
-        if any(not _is_text(text) for text in texts):
+        waiting += [(item, depth + 1) for item in (value.values() if isinstance(value, dict) else value)]
+
+
+def _check_text(value: Any) -> None:
+    """Raises: Refusal for text, keys included, that UTF-8 cannot write."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list):
+            waiting += one
+        elif isinstance(one, str) and not _is_text(one):
             raise Refusal(400, "the body has half of a surrogate pair, which is no character")
 
 

@@ -10,7 +10,7 @@ from types import FrameType
 
 from lora_tune.errors import CheckFailed, Problem, UsageError
 from lora_tune.interrupts import Stop, handled_by
-from lora_tune.serving.backend import Backend, Finished, Request
+from lora_tune.serving.backend import Backend, Finished, Reason, Request
 from lora_tune.serving.chat_screen import Screen
 from lora_tune.serving.chat_session import Said, Session, Turn
 
@@ -79,7 +79,7 @@ class Answers:
     async def _one(self, prompt: Prompt, turn: Turn, screen: Screen, stopping: _Stopping, column: int) -> None:
         """One answer: pieces to the screen until it ends or is stopped."""
         words: list[str] = []
-        end = None
+        end: Reason | None = None
         stop = asyncio.ensure_future(stopping.event.wait())
         async with aclosing(self._backend.stream(prompt.request)) as stream:
             while end is None:

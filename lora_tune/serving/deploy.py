@@ -269,7 +269,7 @@ def _router_pod(deployment: VllmDeployment, worker: str, router: str) -> dict[st
         "env": [{"name": "NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}}],
         "ports": [{"name": "http", "containerPort": _PORT}, {"name": "metrics", "containerPort": _METRICS}],
         "resources": {"requests": {"cpu": "1", "memory": "512Mi"}, "limits": {"memory": "2Gi"}},
-        "readinessProbe": _probe(every_s=5, failures=3),
+        "readinessProbe": {**_probe(every_s=5, failures=3), "httpGet": {"path": "/readiness", "port": "http"}},
         "livenessProbe": {**_probe(every_s=20, failures=6), "httpGet": {"path": "/liveness", "port": "http"}},
         "securityContext": _container_security(),
         "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],

@@ -104,7 +104,9 @@ def check_engine(command: EngineCommand) -> Checked:
 
     Raises: CheckFailed where the words part from training.
     """
-    conformance, parity, proofs = {}, {}, {}
+    conformance: dict[str, list[Check]] = {}
+    parity: dict[str, Parity] = {}
+    proofs: dict[str, None] = {}
     for name, words in command.words.items():
         model = command.names[name]
         render, proof = served_render(command, model=model, chat=words.chat)

@@ -84,25 +84,32 @@ def measure(
 
 
 def mixing(base: str, adapters: dict[str, Path], *, tokens: int = 32, rows: int = 8) -> dict[str, Any]:
-    """Requests of all adapters in one batch against one adapter after the other, with as many rows for each adapter."""
+    """Requests of all adapters in one batch against one adapter after the other, with as many rows for each adapter.
+
+    The latter on an engine that has one adapter alone, so that it pays nothing for the others.
+    """
     from lora_tune.recipe import Base
     from lora_tune.serving.backend import Finished, Request, Sampling
     from lora_tune.serving.local import LocalBackend
 
-    backend = LocalBackend.start(Base.model_validate({"name": base, "quantize": "none"}), adapters=adapters)
-    names = list(adapters)
+    section, names = Base.model_validate({"name": base, "quantize": "none"}), list(adapters)
+    together = LocalBackend.start(section, adapters=adapters)
+    single = LocalBackend.start(section, adapters={names[0]: adapters[names[0]]})
 
-    async def ask(name: str, number: int) -> int:
+    async def ask(backend: LocalBackend, name: str, number: int) -> int:
         made = 0
         async for item in backend.stream(Request(name, tuple(range(5 + number, 25 + number)), Sampling(tokens))):
             made = item.completion_tokens if isinstance(item, Finished) else made
         return made
 
     async def mixed(each: int) -> int:
-        return sum(await asyncio.gather(*(ask(name, number) for name in names for number in range(each))))
+        return sum(await asyncio.gather(*(ask(together, name, number) for name in names for number in range(each))))
 
     async def in_turn(each: int) -> int:
-        return sum([sum(await asyncio.gather(*(ask(name, number) for number in range(each)))) for name in names])
+        made = 0
+        for _ in names:
+            made += sum(await asyncio.gather(*(ask(single, names[0], number) for number in range(each))))
+        return made
 
     found: dict[str, Any] = {}
 
@@ -119,7 +126,8 @@ def mixing(base: str, adapters: dict[str, Path], *, tokens: int = 32, rows: int 
                 "tokens_per_cpu_s": {label: round(value) for label, value in best.items()},
                 "ratio": round(best["mixed"] / best["in turn"], 2),
             }
-        await backend.close(grace_s=1)
+        await together.close(grace_s=1)
+        await single.close(grace_s=1)
 
     asyncio.run(compare())
     return found
@@ -142,7 +150,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {psutil.cpu_count()} cores",
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "fastapi", "uvicorn")},
-        "base": options.base,
+        "base": Path(options.base).name,
         "tokens": options.tokens,
     }
     if options.url:

@@ -181,6 +181,32 @@ def test_a_client_that_leaves_is_answered_no_more(serve: Serve) -> None:
     asyncio.run(go())
 
 
+def test_whoever_asked_to_load_or_unload_may_leave(serve: Serve, folders: dict[str, Path]) -> None:
+    backend = serve("a")
+
+    async def left(what: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(what)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def go() -> None:
+        running = asyncio.create_task(ask(backend, "a", prompt(1), Sampling(100)))
+        while not backend.statistics().running:
+            await asyncio.sleep(0.001)
+        await left(backend.load("b", folders["b"]))
+        while "b" not in {model.name for model in backend.models()}:
+            await asyncio.sleep(0.01)
+        await left(backend.unload("a"))
+        assert (await running).end.completion_tokens
+        assert (await ask(backend, "b", prompt(1), GREEDY)).ids
+        assert len(backend._engine.call(lambda runner: list(runner._model.peft_config)).result()) == 1
+
+    asyncio.run(go())
+
+
 def test_a_full_queue_refuses_and_nothing_is_lost(serve: Serve) -> None:
     backend = serve("a", rows=2, queue=3)
 

@@ -127,6 +127,10 @@ def test_what_is_drawn_depends_on_the_seed_alone(backend: LocalBackend) -> None:
 
     together, one_by_one = asyncio.run(both())
     assert together == one_by_one
+    cold, greedy = asyncio.run(
+        ask_all(backend, [("a0", prompt(8), Sampling(10, temperature=1e-300)), ("a0", prompt(8), GREEDY)])
+    )
+    assert cold.ids == greedy.ids
     varied = [(names[0], prompt(3), Sampling(12, temperature=1.0, seed=seed)) for seed in range(6)]
     assert len({said.ids for said in asyncio.run(ask_all(backend, varied))}) == 6
 

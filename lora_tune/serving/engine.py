@@ -173,15 +173,19 @@ class Engine:
         return bool(self._live or self._waiting or self._calls or self._leaving or self._state == "closed")
 
     def _do(self, work: Callable[[Runner], Any], done: Future[Any]) -> None:
+        awaited, found, failed = done.set_running_or_notify_cancel(), None, None
         try:
             with torch.inference_mode(False):  # what is put on the model are ordinary tensors
                 found = work(self._runner)
-            done.set_result(found)
         except LoraTuneError as error:
-            done.set_exception(error)
+            failed = error
         except Exception as error:
             _log.error("a change of the model failed: %s", error, exc_info=error)
-            done.set_exception(EngineFailed("the engine failed on this change"))
+            failed = EngineFailed("the engine failed on this change")
+        if awaited and failed is not None:
+            done.set_exception(failed)
+        elif awaited:
+            done.set_result(found)
 
     def _refuse_waiting(self, state: str) -> None:
         with self._changed:
@@ -236,9 +240,15 @@ class Engine:
             kind = self._kind(job)
             if self._live and not self._fits(kind):
                 return
-            row = Row(job, self._draws(job))
             with self._changed:
                 self._waiting.popleft()
+            try:
+                row = Row(job, self._draws(job))
+            except Exception as error:
+                _log.warning("a request failed: %s", error, exc_info=error)
+                self._end(job, EngineFailed("the engine failed on this request"))
+                continue
+            with self._changed:
                 self._live[row] = kind
             self._batch(kind).arrivals.append(row)
 

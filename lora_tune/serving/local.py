@@ -171,6 +171,9 @@ class LocalBackend:
         """Verify an adapter folder and serve it under this name (see Backend.load)."""
         self._check_name(name)
         self._loading.add(name)
+        await asyncio.shield(self._load(name, folder))  # whoever asked may leave: what is begun is finished
+
+    async def _load(self, name: str, folder: Path) -> None:
         try:
             saved, words, facts = await asyncio.to_thread(self._read, folder)
             done = self._engine.call(lambda runner: runner.attach(saved))

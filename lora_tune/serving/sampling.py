@@ -11,6 +11,8 @@ import torch
 if TYPE_CHECKING:
     from lora_tune.serving.job import Row
 
+_COLDEST = 1e-5  # of temperatures above 0: what is smaller is no number in float32
+
 
 def draws_of(seed: int | None, *, count: int) -> list[float]:
     """Uniform numbers for the tokens of one answer: they depend on the seed alone."""
@@ -41,7 +43,7 @@ def _drawn(logits_BV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     def column(values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.tensor(values, device=device, dtype=dtype).unsqueeze(1)
 
-    temperature_B1 = column([one.temperature for one in settings])
+    temperature_B1 = column([max(one.temperature, _COLDEST) for one in settings])
     top_p_B1 = column([one.top_p for one in settings])
     top_k_B1 = column([one.top_k or vocabulary for one in settings], torch.long)
     draw_B1 = column([row.draws[len(row.made)] for row in rows])

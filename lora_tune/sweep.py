@@ -182,7 +182,10 @@ def command(
     problems = _measurable(file, axes=axes, prune=prune)
     folder = output or Path(f"{file.recipe.output.rstrip('/')}-sweep")
     cards = _cards(jobs)
-    asked = Sweep(file, tuple(overrides or ()), axes, folder, sampler, trials, cards, prune, trust_remote_code)
+    same = tuple(
+        one for one in overrides or () if one.partition("=")[0] != "output"
+    )  # each run has a folder of its own
+    asked = Sweep(file, same, axes, folder, sampler, trials, cards, prune, trust_remote_code)
     if not as_json:
         print_problems([*file.warnings, *problems])
     _conclude(asked, sweep(asked), problems, form="json" if as_json else "table")
@@ -306,7 +309,7 @@ def _print(asked: Sweep, runs: Sequence[Known], best: Known | None, *, drawn: bo
         folder = asked.folder / f"{best.number:03d}"
         console.print(
             printable(f"best: {folder} ({values}), held-out loss {best.loss:.4f}\n"
-                      f"  lora-tune generate {folder} --data questions.jsonl --out answers.jsonl\n"
+                      f"  lora-tune chat {folder}\n"
                       f"  lora-tune run {asked.file.path} {' '.join([*asked.overrides, values])}")
         )  # fmt: skip
 

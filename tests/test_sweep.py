@@ -199,6 +199,12 @@ def test_wrong_sweeps_are_refused_before_anything_starts(
     assert not (here / "adapters").exists()
 
 
+def test_the_output_of_the_command_line_names_the_sweep(here: Path, capsys: Printed) -> None:
+    answer = swept(capsys, "output=b", "train.epochs=2", "--set", f"{RATE}=0.1")
+    assert answer["folder"] == "b-sweep" and (here / "b-sweep" / "000" / "manifest.json").exists()
+    assert json.loads((here / "b-sweep" / "sweep.json").read_text())["overrides"] == ["train.epochs=2"]
+
+
 def test_another_sweep_is_not_gone_on_with(here: Path, capsys: Printed) -> None:
     swept(capsys, "--set", f"{RATE}=0.1")
     answer = swept(capsys, "--set", f"{RATE}=0.1,0.2", code=2)

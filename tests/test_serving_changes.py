@@ -202,7 +202,7 @@ def test_whoever_asked_to_load_or_unload_may_leave(serve: Serve, folders: dict[s
         await left(backend.unload("a"))
         assert (await running).end.completion_tokens
         assert (await ask(backend, "b", prompt(1), GREEDY)).ids
-        assert len(backend._engine.call(lambda runner: list(runner._model.peft_config)).result()) == 1
+        assert len(backend._engine.call(lambda runner: sorted(runner._mixable)).result()) == 1
 
     asyncio.run(go())
 

@@ -50,6 +50,7 @@ ADDRESSES = {
     "llguidance": {"lora_tune.serving.grammar"},
     "optuna": {"lora_tune.training.sweep_study"},
     "uvicorn": {"lora_tune.serving.http_server"},
+    "prompt_toolkit": {"lora_tune.serving.chat_prompt"},
     "prometheus_client": {"lora_tune.serving.metrics"},
     "openai": {"lora_tune.serving.conformance"},
 }
@@ -89,6 +90,9 @@ COLD = [
     "lora_tune.model.conditions",
     "lora_tune.adapter.folder",
     "lora_tune.adapter.claim",
+    "lora_tune.chat",
+    "lora_tune.serving.deploy",
+    "lora_tune.serving.engine_arguments",
 ]  # fmt: skip
 DISTRIBUTION = {"pynvml": "nvidia-ml-py", "pydantic_core": "pydantic", "ruamel": "ruamel.yaml"}
 

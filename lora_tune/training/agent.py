@@ -68,6 +68,7 @@ def run_processes(layout: Layout, arguments: Sequence[str]) -> None:
         ResourceError: a process was killed.
         Interrupted: a signal came and was handed on.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read when torch is imported
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -93,7 +94,6 @@ def _config(layout: Layout) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
     environment = os.environ
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // layout.processes)))
     settings: dict[str, Any] = {
         "min_nodes": layout.nodes,
@@ -105,7 +105,6 @@ def _config(layout: Layout) -> Any:
         "shutdown_timeout": max(30, int(layout.timeout_s)),  # a step and its checkpoint take their time
     }
     if layout.nodes == 1:
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         return LaunchConfig(
             **settings,
             run_id=f"{os.getpid()}",

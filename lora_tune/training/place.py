@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -93,6 +94,20 @@ def take_card(place: Place, environment: MutableMapping[str, str] = os.environ) 
             said = f"{len(cards)} are visible to the process of local rank {place.local_rank}"
             raise UsageError(f"there are more processes than GPUs: {said}", "start one process for each GPU")
         environment["CUDA_VISIBLE_DEVICES"] = cards[place.local_rank]
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface of this machine that leads to an address; gloo would take that of the machine's name."""
+    import psutil
+
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # nothing is sent
+            probe.connect((address, 9))
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    found = psutil.net_if_addrs().items()
+    return next((name for name, places in found if any(place.address == own for place in places)), None)
 
 
 def leave_alone(environment: MutableMapping[str, str] = os.environ) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_tune.errors import Problem, ResourceError, UsageError
 from lora_tune.model.strategy import Layout, Name
-from lora_tune.training.place import Place, leave_alone
+from lora_tune.training.place import Place, interface_to, leave_alone
 
 if TYPE_CHECKING:
     import torch
@@ -264,6 +264,9 @@ def joined(place: Place | None, layout: Layout) -> Iterator[Team]:
 
     limit = timedelta(seconds=layout.timeout_s)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    interface = interface_to(place.address)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     try:
         os.environ.update(MASTER_ADDR=place.address, MASTER_PORT=str(place.port))
         dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=limit)

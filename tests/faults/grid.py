@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.faults import cases, places
+from tests.faults import cases, places, processes
 from tests.faults.driver import ROOT, build_injector
 
 RESULTS = ROOT / "benchmarks" / "results" / "faults.md"
@@ -96,11 +96,18 @@ def _work(given: argparse.Namespace) -> int:
         folder = Path(name)
         with cases.Grid(build_injector(given.corpus, folder), folder, keep=folder.parent / "faults-lost") as grid:
             planned = all_cases(grid)
-            _plan(given.record).write_text(json.dumps(Counter(case.group for case in planned)), encoding="utf-8")
+            groups = Counter(case.group for case in [*planned, *processes.cases()])
+            _plan(given.record).write_text(json.dumps(groups), encoding="utf-8")
             mine = planned[given.worker - 1 :: given.workers]
             done = {row["key"] for row in _rows(given.record) if not row["lost"]}
             mine = [case for case in mine if case.key not in done and case.group.startswith(given.only)]
             began = time.monotonic()
+            several = list(processes.cases())[given.worker - 1 :: given.workers]
+            for pair in several:
+                if pair.key not in done and pair.group.startswith(given.only):
+                    row = processes.play(pair, folder) | {"commit": commit()}
+                    with given.record.open("a", encoding="utf-8") as stream:
+                        stream.write(json.dumps(row) + "\n")
             for number, case in enumerate(mine, 1):
                 grid.proof = "made" if number % 8 == 1 else "left out"
                 verdict = grid.play(case)

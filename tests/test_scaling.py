@@ -129,6 +129,7 @@ def test_what_does_not_go_together_is_said(base: str, capsys: Printed, tmp_path:
     assert "on 8 such cards it fits (fsdp2" in capsys.readouterr().out
     few = planned(capsys, "--model", base, "--gpu", "rtx4090", "--cards", "2", code=4)
     assert few["fits"] is False and few["cards"]["fits"] is False
+    assert few["problems"][-1]["fix"].count("; or ") == 2, "three changes that would make it fit"
     assert planned(capsys, "--model", base, "--gpu", "h200", "--cards", "2", "--link", "nvlnk", code=2)["problems"]
 
 

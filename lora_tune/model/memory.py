@@ -147,12 +147,15 @@ def try_plan(
     return plan_job(job, budget_gib, card=card)
 
 
-def plan_job(job: Job, budget_gib: float, *, card: Card | None) -> MemoryPlan:
+def plan_job(
+    job: Job, budget_gib: float, *, card: Card | None, changes_are: Literal["looked for", "left out"] = "looked for"
+) -> MemoryPlan:
     """The plan of a job, as `try_plan`; of one that several cards share, the plan of each card."""
     train, device = job.train, job.device
     measured = job.calibration
     chosen = choose(job, budget_gib, card=card)
-    changes = () if chosen else tuple(cheapest_changes(job, budget_gib, card=card))
+    look = chosen is None and changes_are == "looked for"
+    changes = tuple(cheapest_changes(job, budget_gib, card=card)) if look else ()
     choice = chosen or least(job)
     parts = parts_gib(job, choice)
     known = device == "cuda" and card is not None and card.tflops > 0

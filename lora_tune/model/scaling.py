@@ -88,7 +88,14 @@ class CardsPlan:
         }
 
 
-def plan_layout(config: Mapping[str, Any], recipe: Recipe, layout: Layout, *, place: Place) -> CardsPlan:
+def plan_layout(
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    layout: Layout,
+    *,
+    place: Place,
+    changes_are: Literal["looked for", "left out"] = "left out",
+) -> CardsPlan:
     """The plan of a layout, whose batch is the recipe's whatever the number of cards.
 
     Raises: UsageError for a config that cannot be read.
@@ -102,7 +109,7 @@ def plan_layout(config: Mapping[str, Any], recipe: Recipe, layout: Layout, *, pl
     train = layout.share(recipe.train)
     job = job_of(config, base=recipe.base, lora=recipe.lora, train=train, device=place.device, calibration=measured)
     job = replace(job, layout=layout)
-    memory = plan_job(job, place.budget_gib, card=place.card)
+    memory = plan_job(job, place.budget_gib, card=place.card, changes_are=changes_are)
     link = place.network if layout.nodes > 1 and place.network.gbs < place.link.gbs else place.link
     sent, collectives, hops = exchanged(job, accumulation=memory.accumulation)
     exchange_s = link.seconds(sent, collectives=collectives, hops=hops) if layout.world > 1 else 0.0
@@ -200,6 +207,8 @@ def on_cards(config: Mapping[str, Any], recipe: Recipe, *, cards: int | None, pl
         chosen = plans[0] if plans[0].fits or plans[1].memory is None else plans[1]
     else:
         chosen = next(plan for plan in plans if plan.layout.strategy == asked)
+    if chosen.memory is not None and not chosen.fits:
+        chosen = plan_layout(config, recipe, chosen.layout, place=place, changes_are="looked for")
     more = tuple(scaling(config, recipe, place=place, asked="auto" if asked == "single" else asked))
     return Several(chosen, tuple(plans), more, pays_until(more))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import fields
 from itertools import islice
@@ -30,6 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from lora_tune.errors import DataError
 from lora_tune.interrupts import Stop
 from lora_tune.model.divided import whole
+from lora_tune.model.kernels.fuse import fuse
 from lora_tune.model.methods import cast_inputs
 from lora_tune.recipe import Train
 from lora_tune.training import state
@@ -80,7 +81,10 @@ def build(
         raise DataError("there are no rows to train on", "look at the ledger: lora-tune preview")
     steps = plan_steps(len(rows), train, processes=here().world)
     args = _sft_config(model, train=train, steps=steps, seed=seed, folder=folder)
-    return RunTrainer(model, args, rows, chat=chat, train=train, steps=steps, evaluation=evaluation)
+    trainer = RunTrainer(model, args, rows, chat=chat, train=train, steps=steps, evaluation=evaluation)
+    if train.kernels == "auto" and not trainer.team.divided:  # a divided layer has its weights only while it computes
+        trainer.left_unfused = fuse(trainer.model).left
+    return trainer
 
 
 def _sft_config(model: PeftModel, *, train: Train, steps: Steps, seed: int, folder: Path) -> SFTConfig:
@@ -154,6 +158,7 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(Moments(self))
         self.steps = steps
+        self.left_unfused: Mapping[str, int] = {}
         self.facts = RunFacts()
         self.evaluations = Evaluations(evaluation) if evaluation else None
         self.keep_checkpoints = train.keep_checkpoints
@@ -183,6 +188,8 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         """Tell the trainer what to record and compare; returns the trainer itself."""
         self.facts = facts
         self.guard.report = facts.report
+        for reason, count in self.left_unfused.items():
+            facts.report(f"train.kernels: {count} layers keep PEFT's path ({reason})")
         for callback in (*([facts.display] if facts.display else []), *facts.trackers):
             self.add_callback(callback)
         return self

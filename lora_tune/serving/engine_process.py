@@ -22,14 +22,19 @@ from typing import Any
 from lora_tune.adapter.parity import Parity, check_parity
 from lora_tune.errors import CheckFailed, Problem, ResourceError, UsageError
 from lora_tune.serving.conformance import Check, run_conformance
-from lora_tune.serving.engines import EngineCommand, EngineName
+from lora_tune.serving.engines import EngineCommand, ServerName
 from lora_tune.serving.served_words import served_render
 from lora_tune.terminal import printable
 
-LIMITS: dict[EngineName, dict[str, str]] = {
+LIMITS: dict[ServerName, dict[str, str]] = {
     "vllm": {},
     "sglang": {},
-    "llama.cpp": {
+    "llama-server": {
+        "logprobs of texts": "llama-server gives the log-probabilities of texts in the form of a chat's",
+        "an unknown model is a 404": "it answers whatever model a request names",
+        "wrong values are refused": "it takes some values that OpenAI's API refuses",
+    },
+    "llama_cpp.server": {
         "a stream counts its tokens": "llama-cpp-python's server ignores stream_options",
         "n": "it gives one answer, whatever n says",
         "n, streamed": "it gives one answer, whatever n says",
@@ -115,7 +120,7 @@ def check_engine(command: EngineCommand) -> Checked:
         )
         proofs[proof] = None
         conformance[model] = run_conformance(
-            command.url, token=command.token, model=model, tolerate=tuple(LIMITS[command.engine])
+            command.url, token=command.token, model=model, tolerate=tuple(LIMITS[command.server])
         )
     return Checked(conformance, parity, "; ".join(proofs))
 

@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from lora_tune.data.conversation import Conversation
 
 EngineName = Literal["vllm", "sglang", "llama.cpp"]
+ServerName = Literal["vllm", "sglang", "llama-server", "llama_cpp.server"]
 TESTED: dict[EngineName, str] = {
     "vllm": "untested here: the command follows vLLM 0.33's own code and was never run by this project",
     "sglang": "untested here: the command follows SGLang 0.5.23's own code and was never run by this project",
-    "llama.cpp": "tested with llama-cpp-python 0.3.36's server; llama-server itself is untested here",
+    "llama.cpp": "tested with llama-cpp-python 0.3.36: its own server, and llama-server of the same sources",
 }
 """What is known of each engine, said with every command until it has passed."""
 _BASE_GGUF, _PYTHON_SERVER = "base.gguf", "llama_cpp_server.json"
@@ -96,6 +97,13 @@ class EngineCommand:
     words: Mapping[str, Words]
     notes: tuple[str, ...]
     token: str | None = field(default=None, repr=False)
+
+    @property
+    def server(self) -> ServerName:
+        """The program that answers; llama.cpp has two."""
+        if self.engine != "llama.cpp":
+            return self.engine
+        return "llama-server" if self.health == "/health" else "llama_cpp.server"
 
     def text(self) -> str:
         """The command as a line for a shell, without the token."""

@@ -72,8 +72,8 @@ def _tell(checked: Checked, command: EngineCommand, say: Say) -> None:
         missing = [check.name for check in checks if check.outcome == "not offered"]
         without = f"; not offered: {', '.join(missing)}" if missing else ""
         say(f"{model}: {passed} of {len(checks)} checks of OpenAI's API passed{without}")
-    if LIMITS[command.engine]:
-        say(f"known of this engine: {'; '.join(dict.fromkeys(LIMITS[command.engine].values()))}")
+    if LIMITS[command.server]:
+        say(f"known of this engine: {'; '.join(dict.fromkeys(LIMITS[command.server].values()))}")
 
 
 def _until_signal(process: subprocess.Popen[bytes], command: EngineCommand) -> None:

@@ -35,9 +35,9 @@ def served_render(command: EngineCommand, *, model: str, chat: ChatTemplate) -> 
     ask = _Asker(command.url, command.token, model)
     if command.engine == "vllm":
         return ask.vllm_ids, IDS
-    if command.engine == "llama.cpp" and command.health == "/health":
+    if command.server == "llama-server":
         return ask.llama_server_ids, IDS
-    path = "/extras/tokenize" if command.engine == "llama.cpp" else "/tokenize"
+    path = "/extras/tokenize" if command.server == "llama_cpp.server" else "/tokenize"
 
     def counted(request: Conversation) -> list[int]:
         return ask.counted_ids(request, chat, path=path)

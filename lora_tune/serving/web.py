@@ -36,6 +36,7 @@ from lora_tune.serving.votes import (
     undecided_file,
 )
 
+SAMPLING = frozenset({"temperature", "top_p", "max_tokens", "seed"})  # what a vote keeps of it
 MOST_TOKENS = 8192  # of a prompt that are shown one by one
 _LONGEST = 8  # tokens of one piece
 _FOLDER = Path(__file__).parent / "page"
@@ -170,7 +171,7 @@ async def save_vote(backend: Backend, content: Mapping[str, Any], *, votes: Path
     Raises: Refusal for a body that does not do, an unknown model, a preference between equal answers, a full file.
     """
     given = _checked(content)
-    as_asked = {"model": given.answers[0].model, "messages": given.messages, **given.sampling}
+    as_asked = {**given.sampling, "model": given.answers[0].model, "messages": given.messages}
     asked = read_chat(as_asked, caps=caps, temperature=0.0)
     served = {model.name for model in backend.models()}
     for number, answer in enumerate(given.answers):
@@ -214,6 +215,8 @@ def _checked(content: Mapping[str, Any]) -> _Vote:
         issue = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in issue["loc"])[:80] or "body"
         raise bad(place, issue["msg"][:1].lower() + issue["msg"][1:]) from None
+    if unknown := set(given.sampling) - SAMPLING:
+        raise bad("sampling", f"knows {', '.join(sorted(SAMPLING))}, got {sorted(unknown)[0][:40]!r}")
     if (given.verdict == "better") != (given.best is not None):
         raise bad("best", "names the better answer, from 0, where verdict is better, and only there")
     if given.best is not None:

@@ -235,6 +235,7 @@ WRONG_VOTES: dict[str, Any] = {
     "an unknown model": {"answers": [ANSWERS[0], {**ANSWERS[1], "model": "none"}]},
     "an unknown role": {"messages": [{"role": "bot", "content": "x"}]},
     "unknown sampling": {"sampling": {"temprature": 1}},
+    "another prompt in the sampling": {"sampling": {"messages": [{"role": "user", "content": "y"}]}},
     "NaN": {"sampling": {"temperature": float("nan")}},
     "a field more": {"path": "/etc/passwd"},
 }

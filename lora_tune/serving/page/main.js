@@ -42,6 +42,8 @@ async function connect() {
     keepsVotes = found.votes;
     byId('votes-kept').hidden = !keepsVotes;
     byId('max_tokens').max = found.max_tokens;
+    byId('max_tokens').value = Math.min(byId('max_tokens').value, found.max_tokens);
+    sayAboutSampling();
     byId('alert').hidden = true;
     byId('token-open').hidden = !token.get();
   } catch (failure) {

@@ -84,8 +84,8 @@ class Words:
 class EngineCommand:
     """An engine that is ready to be started: its words, what is set besides, and what its start must then show.
 
-    `names` are {our name: what requests call it}, the base first; of them, those in `words` are compared. `health` is
-    the path that answers when it is ready.
+    `names` are {our name: what requests call it}, the base first where it can be asked; those in `words` are compared.
+    `health` is the path that answers when it is ready.
     """
 
     engine: EngineName
@@ -281,7 +281,8 @@ def _llama(start: _Start) -> _Parts:
         program = str(wanted.program or "llama-server")
         key = {"LLAMA_API_KEY": wanted.token} if wanted.token else {}
         words = llama_server_arguments(served, host=wanted.host, port=wanted.port)
-        return _Parts((program, *words), key, "/health", start.names)
+        called = served.name if len(files) > 1 else next(iter(files))  # the one name that this server has
+        return _Parts((program, *words), key, "/health", dict.fromkeys(files, called))
     config = _python_server(served, start)
     return _Parts(
         (str(wanted.program), "-m", "llama_cpp.server", "--config_file", str(config)), {}, "/v1/models", start.names

@@ -43,7 +43,7 @@ def serve_engine(
         "engine": engine,
         "command": command.text(),
         "url": command.url,
-        "models": list(command.names.values()),
+        "models": list(dict.fromkeys(command.names.values())),
         "notes": list(command.notes),
     }
     for note in command.notes:
@@ -58,7 +58,7 @@ def serve_engine(
         if checked.failed:
             raise CheckFailed(checked.failed)
         if start.how == "start":
-            say(f"serving {', '.join(command.names.values())} at {command.url}; Ctrl-C ends it")
+            say(f"serving {', '.join(dict.fromkeys(command.names.values()))} at {command.url}; Ctrl-C ends it")
             _until_signal(process, command)
     return facts
 

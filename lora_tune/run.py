@@ -197,7 +197,7 @@ def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remot
         from lora_tune.training.batches import first_batches
 
         start = read_adapter(Path(recipe.lora.start_from)) if recipe.lora.start_from else None
-        place = "memory, to be divided" if here().divided else "device"
+        place: Literal["device", "memory, to be divided"] = "memory, to be divided" if here().divided else "device"
         base = load_base(source, recipe.base, trust_remote_code=trust_remote_code, place=place)
         batches = first_batches(prepared.train, device=base.device) if recipe.lora.method == "eva" else None
         model = attach(

@@ -53,7 +53,12 @@ def run(arguments: Sequence[str], *, cwd: Path, world: int, strike: Strike | Non
     """`lora-tune run ARGUMENTS` in `world` processes that find each other; waits for the last one."""
     server = _server()
     with tempfile.TemporaryDirectory(prefix="lora_tune-ranks-") as folder:
-        request = {"arguments": ["run", *arguments], "cwd": str(cwd), "env": dict(os.environ), "out": folder}
+        request: dict[str, Any] = {
+            "arguments": ["run", *arguments],
+            "cwd": str(cwd),
+            "env": dict(os.environ),
+            "out": folder,
+        }
         request |= {"world": world, "strike": asdict(strike) if strike else None}
         assert server.stdin and server.stdout
         began = time.monotonic()

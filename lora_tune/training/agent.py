@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from lora_tune.errors import Interrupted, LoraTuneError, Problem, ResourceError, UsageError
 from lora_tune.interrupts import signal_name
@@ -47,13 +47,13 @@ class Ending:
         return found
 
 
-def leave_ending(rank: int, error: LoraTuneError, *, lost: bool) -> bool:
+def leave_ending(rank: int, error: LoraTuneError, *, cause: Literal["own", "another was lost"]) -> bool:
     """Write how this process ended, for the launcher to tell; False where no launcher of ours asked for it."""
     folder = os.environ.get(ENDINGS)
     if folder is None:
         return False
     problems = [asdict(problem) for problem in error.problems]
-    ending = Ending(rank, error.exit_code, problems, time.time(), lost)
+    ending = Ending(rank, error.exit_code, problems, time.time(), cause != "own")
     part = Path(folder) / f".{rank}"
     part.write_text(json.dumps(asdict(ending)), encoding="utf-8")
     part.rename(Path(folder) / f"{rank}.json")

@@ -8,7 +8,7 @@ from lora_tune.errors import RecipeError, ResourceError
 from lora_tune.model import calibration
 from lora_tune.model.device import this_machine, visible_cards
 from lora_tune.model.footprint import job_of
-from lora_tune.model.memory import MemoryPlan, plan_job, too_large
+from lora_tune.model.memory import MemoryPlan, plan_here, plan_job, too_large
 from lora_tune.model.source import BaseSource, find_base
 from lora_tune.model.strategy import Layout, conflicts, layout_of
 from lora_tune.recipe import Recipe
@@ -44,6 +44,8 @@ def plan_of_process(recipe: Recipe, source: BaseSource, layout: Layout) -> Memor
 
     Raises: ResourceError where nothing fits.
     """
+    if layout.world == 1:
+        return plan_here(source.config, base=recipe.base, lora=recipe.lora, train=recipe.train)
     plan = _plan(recipe, source, layout)
     if not plan.fits:
         raise ResourceError(too_large(plan, layout.share(recipe.train)))

@@ -64,8 +64,8 @@ def plan_steps(rows: int, train: Train, *, processes: int = 1) -> Steps:
     if micro == "auto":
         problem = Problem("must be a number by now, got 'auto'", "plan the memory first", key="train.micro_batch_size")
         raise RecipeError(problem)
-    if problem := uneven(train.batch_size, processes):
-        raise RecipeError(problem)
+    if unshared := uneven(train.batch_size, processes):
+        raise RecipeError(unshared)
     each = train.batch_size // processes
     if each % micro:
         of = f"batch_size {train.batch_size}" + (f" / {processes} processes" if processes > 1 else "")

@@ -44,7 +44,9 @@ def as_worker(place: Place | None, layout: Layout) -> Iterator[None]:
         if isinstance(error, PeerLost) and error.teller != place.rank and ENDINGS not in os.environ:
             raise typer.Exit(found.exit_code) from None
         own = type(found) in (LoraTuneError, ResourceError)  # the rest happens to all of them alike
-        if leave_ending(place.rank, found, lost=lost) or (place.rank > 0 and not own and not lost):
+        if leave_ending(place.rank, found, cause="another was lost" if lost else "own") or (
+            place.rank > 0 and not own and not lost
+        ):
             raise typer.Exit(found.exit_code) from None
         messages().quiet = False
         raise
@@ -52,9 +54,8 @@ def as_worker(place: Place | None, layout: Layout) -> Iterator[None]:
         messages().quiet, results().quiet = quiet
 
 
-def _as_told(error: BaseException) -> LoraTuneError:
+def _as_told(error: Exception | Stop) -> LoraTuneError:
     if isinstance(error, Stop):
         reason = f"stopped by {signal_name(error.number)}; the same command with --resume goes on"
         return Interrupted(error.number, reason)
-    assert isinstance(error, Exception)
     return as_error(error, "lora-tune run")

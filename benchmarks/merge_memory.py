@@ -120,9 +120,15 @@ def embedded(place: Path) -> dict[str, Any]:
 def main() -> None:
     """Make base and adapter, merge, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    parser.add_argument(
+        "--shape", choices=["embedded", *sorted(SHAPES)], default="1b", help="embedded: that base alone"
+    )
     parser.add_argument("--folder", type=Path, help="where the base is made and kept; a temporary folder by default")
     arguments = parser.parse_args()
+    if arguments.shape == "embedded":
+        with tempfile.TemporaryDirectory() as scratch:
+            keep({**embedded(Path(scratch) / "example"), "versions": library_versions()}, shape="embedded")
+        return
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         place = Path(scratch)
         write_base(place / "base", arguments.shape)
@@ -157,9 +163,15 @@ def main() -> None:
         "cores": psutil.cpu_count(logical=False),
         "versions": library_versions(),
     }
-    print(json.dumps(found, indent=1))
+    keep(found, shape=arguments.shape)
+
+
+def keep(found: dict[str, Any], *, shape: str) -> None:
+    """Print the numbers and keep them with the results."""
+    text = json.dumps(found, indent=1)
+    print(text)
     results = Path(__file__).resolve().parent / "results"
-    (results / f"merge_memory_{arguments.shape}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (results / f"merge_memory_{shape}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     make                          each line by `make -n`: the target exists, and its recipe is printed
     run [with WORDS]              each line is run, with the words added
     install                       the environment is the Makefile's, the package installs the command `lora-tune`
+    background [with WORDS]       each line is started, with the words added, and goes on until the last test here
     python [with OLD=NEW …]       run by Python, with names replaced
     the file PATH                 the block is that file
     shown by COMMAND              output of a command that stands below: the real one has the same parts
@@ -19,8 +20,11 @@ import re
 import runpy
 import shlex
 import shutil
+import socket
 import subprocess
+import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,11 +93,30 @@ def printed() -> dict[str, str]:
     return {}
 
 
+def free_port(known: list[int] = []) -> int:  # noqa: B006  (one for the whole file)
+    """A port that nobody has."""
+    if not known:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            known.append(taken.getsockname()[1])
+    return known[0]
+
+
 def filled(text: str, place: Path) -> str:
+    text = text.replace("{port}", str(free_port()))
     names = {"{tiny}": place / "tiny", "{rows}": place / "rows.jsonl", "{adapter}": place / "adapters" / "alpaca"}
     for name, path in names.items():
         text = text.replace(name, str(path))
     return text
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[subprocess.Popen[str]]]:
+    """What blocks have started in the background; ended behind the last test."""
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 def execute(arguments: list[str], place: Path) -> str:
@@ -120,12 +143,13 @@ def test_the_first_lines_are_the_two_commands() -> None:
 
 
 def test_every_block_says_how_it_is_tested() -> None:
-    kinds = {"make", "install", "run", "python", "the", "shown"}
+    kinds = {"make", "install", "run", "background", "python", "the", "shown"}
     assert len(BLOCKS) == TEXT.count("\n```") / 2
     for block in BLOCKS:
         assert block.kind in kinds, f"README.md:{block.line}: a code block without a test"
         assert (block.kind == "shown") == (block.language == "text"), f"README.md:{block.line}"
-        assert (block.kind in ("run", "make", "install")) == (block.language == "sh"), f"README.md:{block.line}"
+        is_shell = block.kind in ("run", "make", "install", "background")
+        assert is_shell == (block.language == "sh"), f"README.md:{block.line}"
 
 
 def test_no_placeholder_is_left_and_links_lead_somewhere() -> None:
@@ -185,8 +209,32 @@ def test_commands_run(block: Block, place: Path, printed: dict[str, str]) -> Non
         printed[command] = execute([*as_arguments(command), *shlex.split(filled(block.extra, place))], place)
 
 
+@pytest.mark.parametrize("block", blocks("background"))
+def test_servers_start(block: Block, place: Path, servers: list[subprocess.Popen[str]]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    for command in block.commands:
+        words = [*as_arguments(command), *shlex.split(filled(block.extra, place))]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lora_tune", *words],
+            cwd=place,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        servers.append(process)
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("serving "):
+                break
+        else:
+            pytest.fail("".join(said))
+
+
 @pytest.mark.parametrize("block", blocks("python"))
-def test_python_runs(block: Block, place: Path) -> None:
+def test_python_runs(block: Block, place: Path, servers: list[subprocess.Popen[str]]) -> None:
     code = block.body
     for change in shlex.split(filled(block.extra, place)):
         old, _, new = change.partition("=")

@@ -44,7 +44,12 @@ VERB_LAYER = 9
 ADDRESSES = {
     "trl": {"lora_tune.training.trainer"},
     "bitsandbytes": {"lora_tune.model.base"},
-    "peft": {"lora_tune.model.methods", "lora_tune.model.merging", "lora_tune.adapter.load", "lora_tune.adapter.mixture"},
+    "peft": {
+        "lora_tune.model.methods",
+        "lora_tune.model.merging",
+        "lora_tune.adapter.load",
+        "lora_tune.adapter.mixture",
+    },
     "datasets": {"lora_tune.data.sources"},
     "gguf": {"lora_tune.model.gguf_file"},
     "llguidance": {"lora_tune.serving.grammar"},

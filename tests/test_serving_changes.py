@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -203,6 +204,37 @@ def test_whoever_asked_to_load_or_unload_may_leave(serve: Serve, folders: dict[s
         assert (await running).end.completion_tokens
         assert (await ask(backend, "b", prompt(1), GREEDY)).ids
         assert len(backend._engine.call(lambda runner: sorted(runner._mixable)).result()) == 1
+
+    asyncio.run(go())
+
+
+def test_an_adapter_may_go_while_a_request_to_it_is_prepared(serve: Serve) -> None:
+    """The grammar of a JSON object is made in another thread; who asked for it is told what became of the model."""
+    pytest.importorskip("llguidance")
+    backend = serve("a", "b")
+
+    async def go() -> None:
+        asked = asyncio.create_task(ask(backend, "a", prompt(1), Sampling(8, response="json_object")))
+        await asyncio.sleep(0)
+        await backend.unload("a")
+        with pytest.raises(UnknownModel):
+            await asked
+
+    asyncio.run(go())
+    assert not any(one.failed for one in backend.statistics().models.values())
+
+
+def test_words_go_with_the_last_adapter_that_has_them(serve: Serve, tiny_base: Path, tmp_path: Path) -> None:
+    finished.write_finished(tmp_path / "words", tiny_base, lora={"new_tokens": ["<a>"]})
+    backend = serve("a")
+
+    async def go() -> None:
+        for _ in range(2):
+            await backend.load("words", tmp_path / "words")
+            assert len(backend._words) == 2 and (await ask(backend, "words", [260, 5], GREEDY)).ids
+            await backend.unload("words")
+            gc.collect()
+            assert len(backend._words) == 1
 
     asyncio.run(go())
 

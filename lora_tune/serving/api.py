@@ -18,6 +18,7 @@ from lora_tune.serving.asked import read_chat, read_completion, read_load, read_
 from lora_tune.serving.backend import Backend, UnknownModel
 from lora_tune.serving.completions import Completions
 from lora_tune.serving.guard import LIVE, Gate, Guard
+from lora_tune.serving.json_body import body_of
 from lora_tune.serving.metrics import CONTENT_TYPE, Metrics
 from lora_tune.serving.prompting import Prompting
 from lora_tune.serving.refusals import Refusal, bad, by_status, refusal_of, too_slow
@@ -89,7 +90,7 @@ class _Api:
     async def chat(self, request: Request) -> Response:
         """An answer to a conversation."""
         settings = self._settings
-        asked = read_chat(_body(request), caps=settings.caps, temperature=settings.temperature)
+        asked = read_chat(body_of(request), caps=settings.caps, temperature=settings.temperature)
         if asked.wanted.stream == "stream":
             return await self._stream(request, self._completions.chat_chunks(asked))
         return await self._whole(request, self._completions.chat(asked))
@@ -97,7 +98,7 @@ class _Api:
     async def text(self, request: Request) -> Response:
         """Text that goes on where other text ends."""
         settings = self._settings
-        asked = read_completion(_body(request), caps=settings.caps, temperature=settings.temperature)
+        asked = read_completion(body_of(request), caps=settings.caps, temperature=settings.temperature)
         if asked.wanted.stream == "stream":
             return await self._stream(request, self._completions.text_chunks(asked))
         return await self._whole(request, self._completions.text(asked))
@@ -122,7 +123,7 @@ class _Api:
     async def load(self, request: Request) -> Response:
         """Serve another adapter; vLLM's body and answer."""
         root = self._root()
-        name, path = read_load(_body(request))
+        name, path = read_load(body_of(request))
         if MODEL_NAME.fullmatch(name) is None:
             raise bad("lora_name", "must be a to z, 0 to 9, _ and -, at most 64, a letter or number first")
         folder = _below(root, path)
@@ -135,7 +136,7 @@ class _Api:
     async def unload(self, request: Request) -> Response:
         """Serve an adapter no more; vLLM's body and answer."""
         self._root()
-        name = read_unload(_body(request))
+        name = read_unload(body_of(request))
         adapters = {model.name for model in self._backend.models() if model.parent is not None}
         if name not in adapters:
             raise UnknownModel(f"no adapter {name[:80]!r} is served here", "GET /v1/models lists them")
@@ -164,14 +165,6 @@ class _Api:
     async def metrics(self) -> Response:
         """Prometheus' page."""
         return Response(self._metrics.page(), headers={"content-type": CONTENT_TYPE})
-
-
-def _body(request: Request) -> Json:
-    """The body as the guard has parsed it."""
-    content = getattr(request.state, "json", None)
-    if not isinstance(content, dict):
-        raise Refusal(400, "a body in JSON is needed")
-    return content
 
 
 def _below(root: Path, path: str) -> Path:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_tune.serving.refusals import Refusal
 from lora_tune.serving.settings import Caps
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 
 def parse_body(body: bytes, *, caps: Caps) -> dict[str, Any]:
@@ -31,6 +34,14 @@ def parse_body(body: bytes, *, caps: Caps) -> dict[str, Any]:
     _measure(content, caps)
     if _SURROGATE in body.lower():  # nothing else can make one
         _check_text(content)
+    return content
+
+
+def body_of(request: Request) -> dict[str, Any]:
+    """The body as the guard has parsed it. Raises: Refusal where there was none."""
+    content = getattr(request.state, "json", None)
+    if not isinstance(content, dict):
+        raise Refusal(400, "a body in JSON is needed")
     return content
 
 

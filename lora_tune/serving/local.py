@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakValueDictionary
 
 import psutil
 import torch
@@ -31,11 +31,11 @@ from lora_tune.serving.engine import Engine, Limits
 from lora_tune.serving.grammar import Grammars
 from lora_tune.serving.job import Job
 from lora_tune.serving.runner import Runner
+from lora_tune.serving.settings import MODEL_NAME
 
 if TYPE_CHECKING:
     from lora_tune.model.methods import SavedAdapter
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _log = logging.getLogger(__name__)
 _CACHE_SHARE = 0.6  # of the memory that is free behind the base, for keys and values of running rows
 _CPU_CACHE_BYTES = 2 << 30  # and on a CPU at most this
@@ -66,7 +66,7 @@ class LocalBackend:
 
     def __init__(self, source: BaseSource, base: Base, *, engine: Engine, words: _Words, served: _Served) -> None:
         self._source, self._base, self._engine = source, base, engine
-        self._words = {_key_of(source.folder): words}
+        self._words = WeakValueDictionary({_key_of(source.folder): words})  # they go with the last model that has them
         self._served: dict[str, _Served] = {served.model.name: served}
         self._name, self._loading = served.model.name, set[str]()
         self._shapes: Mapping[str, tuple[int, ...]] = {}
@@ -156,6 +156,8 @@ class LocalBackend:
         grammar = None
         if sampling.response == "json_object":
             grammar = await asyncio.to_thread(served.words.grammars.json_object, vocabulary=served.logits)
+            if self._known(request.model) is not served:  # it went meanwhile, and another came
+                raise UnknownModel("this model has just been unloaded", "ask again")
         return Job(
             request,
             served.adapter,
@@ -206,7 +208,7 @@ class LocalBackend:
         return folder
 
     def _check_name(self, name: str) -> None:
-        if not NAME.fullmatch(name):
+        if not MODEL_NAME.fullmatch(name):
             what = "small letters, digits, - and _, at most 64"
             raise UsageError(f"an adapter's name must be made of {what}, got {name[:80]!r}", "choose another name")
         if name in self._served or name in self._loading:
@@ -228,11 +230,12 @@ class LocalBackend:
             return self._served[self._name].words
         manifest = read_manifest(folder)
         key = _key_of(folder)
-        if key not in self._words:
-            self._words[key] = _words(load_chat_template(read_tokenizer(folder, name=folder.name)))
-        if self._words[key].chat.sha256 != manifest.chat.template_sha256:
+        words = self._words.get(key)
+        if words is None:
+            words = self._words[key] = _words(load_chat_template(read_tokenizer(folder, name=folder.name)))
+        if words.chat.sha256 != manifest.chat.template_sha256:
             raise CheckFailed(f"{folder.name}: its chat template is not the one that it was trained with")
-        return self._words[key]
+        return words
 
     def _serve(
         self, name: str, words: _Words, facts: dict[str, Any], *, attached: tuple[str, bool], saved: SavedAdapter

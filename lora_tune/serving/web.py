@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_tune.serving.asked import ChatAsked, read_chat
 from lora_tune.serving.backend import Backend
+from lora_tune.serving.json_body import body_of
 from lora_tune.serving.prompting import Prompting
 from lora_tune.serving.refusals import Refusal, bad, without_paths
 from lora_tune.serving.settings import Caps
@@ -98,14 +99,14 @@ def router(backend: Backend, *, prompting: Prompting, votes: Path | None, caps: 
 
     @routes.post("/compare/tokens")
     async def tokens(request: Request) -> JSONResponse:
-        asked = read_chat(_body(request), caps=caps, temperature=0.0)
+        asked = read_chat(body_of(request), caps=caps, temperature=0.0)
         return JSONResponse(await prompt_as_tokens(backend, prompting, asked))
 
     @routes.post("/compare/votes")
     async def vote(request: Request) -> JSONResponse:
         if votes is None:
             raise Refusal(404, "this server keeps no votes")
-        return JSONResponse({"rows": await save_vote(backend, _body(request), votes=votes, caps=caps)})
+        return JSONResponse({"rows": await save_vote(backend, body_of(request), votes=votes, caps=caps)})
 
     return routes
 
@@ -197,14 +198,6 @@ async def save_vote(backend: Backend, content: Mapping[str, Any], *, votes: Path
     except VotesBusy as error:
         raise Refusal(503, without_paths(str(error)), headers={"retry-after": "1"}) from None
     return len(rows) if file == votes else 0
-
-
-def _body(request: Request) -> dict[str, Any]:
-    """The body as the guard parsed it. Raises: Refusal where there was none."""
-    content = getattr(request.state, "json", None)
-    if not isinstance(content, dict):
-        raise Refusal(400, "a JSON object is needed as the body")
-    return content
 
 
 def _checked(content: Mapping[str, Any]) -> _Vote:

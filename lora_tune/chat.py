@@ -10,7 +10,6 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +21,7 @@ from lora_tune.serving.backend import Sampling
 from lora_tune.serving.chat_commands import COMMANDS, act
 from lora_tune.serving.chat_screen import WIDE, Plain, Screen, SideBySide, Silent, tokens_text
 from lora_tune.serving.chat_session import Session, Turn, changed
+from lora_tune.serving.settings import Quantize
 from lora_tune.terminal import activity, messages, print_json, print_problems, printable, results, run_app
 
 if TYPE_CHECKING:
@@ -32,15 +32,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Talk to adapters and their base.", add_completion=False)
 _INTERRUPTED = 130
 _LINE_BYTES = 1 << 20  # of a piped line
-
-
-class Quantize(StrEnum):
-    """How the base is held."""
-
-    nf4 = "nf4"
-    fp4 = "fp4"
-    int8 = "int8"
-    none = "none"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import typer
 from lora_tune.errors import Problem, UsageError
 from lora_tune.interrupts import handled_by, signal_name
 from lora_tune.serving.adapter_names import named_folders
-from lora_tune.serving.settings import TOKEN_VARIABLE, Caps, ServeSettings, is_loopback
+from lora_tune.serving.settings import TOKEN_VARIABLE, Caps, Quantize, ServeSettings, is_loopback
 from lora_tune.terminal import activity, messages, print_json, print_problems, results, run_app
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def command(
     host: Annotated[str, typer.Option(help="Where to listen; another than this machine needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one, which is printed.")] = 8000,
     token: Annotated[str | None, typer.Option(help=f"Who asks must know it; better in {TOKEN_VARIABLE}.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="Hold the base in nf4, fp4, int8 or none.")] = None,
+    quantize: Annotated[Quantize | None, typer.Option(help="Hold the base so, instead of as in training.")] = None,
     allow_loading: Annotated[
         Path | None, typer.Option("--allow-loading", help="Load adapters below this folder when a request says so.")
     ] = None,
@@ -247,7 +247,8 @@ def command(
     with activity("verifying the adapters"):
         from lora_tune.serving.served_base import served_base
 
-        section, notes = served_base(folders, name=base, quantize=quantize, trust_remote_code=trust_remote_code)
+        held = quantize.value if quantize else None
+        section, notes = served_base(folders, name=base, quantize=held, trust_remote_code=trust_remote_code)
     print_problems([] if as_json else notes)
     if engine is not EngineChoice.local:
         at = _Engine(engine.value, engine_python, engine_folder, start.value, engine_wait)

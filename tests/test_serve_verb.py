@@ -60,6 +60,7 @@ def test_what_is_wrong_is_said_before_the_base_is_loaded(
         ((*one, *base, "--token", "short"), 2, ("at least 16",)),
         ((*one, *base, "--token", "with a line\n break in it"), 2, ("printable",)),
         ((*one, *base, "--allow-loading", "nowhere"), 2, ("--allow-loading", "no such folder")),
+        ((*one, *base, "--quantize", "nf5"), 2, ("--quantize", "nf4")),
         ((*base, "--adapters", "nowhere"), 2, ("--adapters", "no such folder")),
         ((*base, "--adapter", f"Bad Name={folders['one']}"), 2, ("name of an adapter",)),
         ((*one, *base, "--adapter", f"two={folders['other']}"), 1, ("belongs to the base", "one server has one base")),

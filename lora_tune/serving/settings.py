@@ -5,12 +5,22 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 TOKEN_VARIABLE = "LORA_TUNE_TOKEN"
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+
+class Quantize(StrEnum):
+    """How the base is held."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+    none = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ PIP := $(PY) -m pip install --quiet
 export TOKENIZERS_PARALLELISM := false
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test coverage nightly faults lint typecheck example-adapter wheel clean
+.PHONY: quickstart test coverage nightly faults soak lint typecheck example-adapter wheel clean
 
 quickstart: $(VENV)/.installed
 	$(PY) -m lora_tune.run recipes/quickstart.yaml --overwrite

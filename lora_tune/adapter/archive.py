@@ -27,6 +27,7 @@ _MOST_SMALL_BYTES = 256 << 20  # of any file but the weights
 _MOST_RATIO = 200  # of unpacked over packed bytes; JSON and text reach 30
 _CHUNK = 1 << 20
 _STORED = (WEIGHTS, "loss.png")  # do not get smaller
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # LZMA takes as much memory as the archive asks for
 _TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that the format can say
 
 
@@ -34,8 +35,10 @@ def pack(folder: Path, archive: Path) -> int:
     """Write the documented files of a checked folder into one archive; returns its size in bytes.
 
     Raises: CheckFailed where the folder fails a check, is unfinished or holds a secret or a local path,
-        UsageError where the archive cannot be written.
+        UsageError where the archive is there already or cannot be written.
     """
+    if archive.exists():
+        raise UsageError(Problem("is there already", "name a new file", str(archive)))
     refuse_unfit(folder)
     names = [name for name in FILES if (folder / name).is_file()]
     beside = archive.with_name(f".{archive.name}.tmp")
@@ -108,6 +111,9 @@ def _entries(source: zipfile.ZipFile, archive: Path, *, max_bytes: int) -> Itera
             raise CheckFailed(_refused(archive, f"{name} must be a regular file, got a link or a folder"))
         if entry.flag_bits & 0x1:
             raise CheckFailed(_refused(archive, f"{name} is encrypted"))
+        if entry.compress_type not in _METHODS:
+            reason = f"{name} must be stored or deflated, got ZIP method {entry.compress_type}"
+            raise CheckFailed(_refused(archive, reason))
         if names.count(entry.filename) > 1:
             raise CheckFailed(_refused(archive, f"holds {name} twice"))
         if entry.filename != WEIGHTS and entry.file_size > _MOST_SMALL_BYTES:

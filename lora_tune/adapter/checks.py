@@ -25,6 +25,7 @@ from lora_tune.adapter.folder import (
     Manifest,
     file_record,
     read_manifest,
+    require_folder,
 )
 from lora_tune.adapter.lora_config import LoraSettings, check_config, read_settings
 from lora_tune.adapter.regular_file import read_json_object, regular_file
@@ -74,7 +75,11 @@ Check = Callable[[Subject], Iterator[Problem]]
 
 
 def run_checks(subject: Subject) -> list[Problem]:
-    """All problems up to and including the first stage with an error; the subject is filled in on the way."""
+    """All problems up to and including the first stage with an error; the subject is filled in on the way.
+
+    Raises: UsageError where there is no such folder.
+    """
+    require_folder(subject.folder)
     problems: list[Problem] = []
     for stage in STAGES:
         for check in stage:
@@ -88,11 +93,6 @@ def run_checks(subject: Subject) -> list[Problem]:
 
 
 # ----- files -----
-def _is_folder(subject: Subject) -> Iterator[Problem]:
-    if not subject.folder.is_dir():
-        yield Problem("is no folder", "give the folder that holds adapter_config.json", str(subject.folder))
-
-
 def _no_other_kinds(subject: Subject) -> Iterator[Problem]:
     """Folders of other libraries that are told by a file's name."""
     if (subject.folder / WEIGHTS).exists():
@@ -359,7 +359,6 @@ def _list(names: list[str]) -> str:
 
 
 STAGES: tuple[tuple[Check, ...], ...] = (
-    (_is_folder,),
     (_no_other_kinds,),
     (_no_pickles, _regular_files, _no_unknown_files),
     (_config_fields,),

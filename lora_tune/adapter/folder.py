@@ -198,8 +198,9 @@ def file_record(path: Path) -> FileRecord:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished run.
 
-    Raises: CheckFailed where there is none, or it is not a manifest of this format.
+    Raises: CheckFailed where there is none, or it is not a manifest of this format; UsageError without the folder.
     """
+    require_folder(folder)
     path = folder / MANIFEST
     if not path.is_symlink() and not path.exists():
         raise CheckFailed(
@@ -220,6 +221,12 @@ def read_manifest(folder: Path) -> Manifest:
                 for issue in error.errors()
             ]
         ) from None
+
+
+def require_folder(folder: Path) -> None:
+    """Raises: UsageError where there is no such folder."""
+    if not folder.is_dir():
+        raise UsageError(Problem("is no folder", "give the folder that holds adapter_config.json", str(folder)))
 
 
 def damaged_files(folder: Path) -> list[str]:

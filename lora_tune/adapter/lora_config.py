@@ -17,6 +17,7 @@ from lora_tune.errors import Problem
 MOST_RANK = 1024
 MOST_SCALE = 1000.0  # of the update; alpha / r is 0.5 to 4 in practice, alpha / sqrt(r) up to about 50
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_LOOKS_OTHERWISE = re.compile(r"|true|false|null|[-+.\d]+(e[-+]?\d+)?", re.IGNORECASE)  # text that could be a number
 _MOST_NAMES = 4096
 _HARMLESS_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # all others change the base's weights at load
 
@@ -125,6 +126,7 @@ def names_module(name: str, module: str) -> bool:
 
 def _shown(value: Any) -> str:
     text = "true" if value is True else "false" if value is False else "null" if value is None else str(value)
+    text = repr(value) if isinstance(value, str) and _LOOKS_OTHERWISE.fullmatch(value) else text
     return text if len(text) <= 60 else text[:57] + "…"
 
 

@@ -97,7 +97,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _is_hub_blob(path: Path) -> bool:
     """Whether a link is the hub cache's own: models--org--name/snapshots/<commit>/file -> ../../blobs/<hash>."""
-    repository = path.parent.parent.parent
-    if path.parent.parent.name != "snapshots" or not repository.name.startswith("models--"):
+    snapshot = path.parent.resolve()
+    repository = snapshot.parent.parent
+    if snapshot.parent.name != "snapshots" or not repository.name.startswith("models--"):
         return False
-    return path.resolve().parent == (repository / "blobs").resolve()
+    return path.resolve().parent == repository / "blobs"  # which is no link itself

@@ -1,4 +1,4 @@
-"""`lora-tune adapters list | verify`: what adapter folders there are, and whether one is what it says it is."""
+"""`lora-tune adapters …`: what adapter folders there are, what one is, whether it is sound; handing them on."""
 
 from __future__ import annotations
 
@@ -278,10 +278,15 @@ def diff_folders(
             raise CheckFailed(errors)
         a, b = reports[0].subject, reports[1].subject
         fields, apart = changed(a, b), distance(a, b)
+    problems = []
+    if apart.other_shapes:
+        reason = f"{apart.other_shapes} modules have other shapes: they are not of one base, and have no distance"
+        problems.append(Problem(reason, "compare adapters of one base", str(second), severity="warning"))
     if as_json:
         lines = [{"field": field, "first": left, "second": right} for field, left, right in fields]
-        print_json({"exit_code": 0, "fields": lines, "weights": asdict(apart)})
+        print_json({"exit_code": 0, "fields": lines, "weights": asdict(apart)}, problems)
         return
+    print_problems(problems)
     if fields:
         print_table("", ("field", str(first), str(second)), fields, left=(0, 1, 2))
     else:

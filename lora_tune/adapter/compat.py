@@ -241,7 +241,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "rank below 16 or over 128",
         lambda traits: not _LORAX_RANKS[0] <= max(traits.ranks) <= _LORAX_RANKS[1],
-        {"lorax": Answer("care", "has fast kernels for ranks 16 to 128 only", _CANONICAL)},
+        {"lorax": Answer("care", "has fast kernels for ranks 16 to 128 only", "it runs, but slower")},
     ),
     Rule(
         "fractional `lora_alpha`",
@@ -286,6 +286,14 @@ RULES: tuple[Rule, ...] = (
         "an architecture that was not executed in mlx-lm",
         lambda traits: traits.architecture is not None and traits.architecture not in MLX_ARCHITECTURES,
         {"mlx": Answer("care", "may call its modules otherwise", "lora-tune export --to merged")},
+    ),
+    Rule(
+        "a base that is not at hand",
+        lambda traits: traits.architecture is None,
+        {
+            "ollama": Answer("care", "converts adapters of llama and gemma2 only", "give it with --base"),
+            "mlx": Answer("care", "may call its modules otherwise", "give it with --base"),
+        },
     ),
 )
 """The matrix: what an adapter may have, and what each engine does with it."""

@@ -36,6 +36,8 @@ class Distance:
     """Modules that both change."""
     only_a: int
     only_b: int
+    other_shapes: int
+    """Shared modules whose updates have different shapes, and so no distance: the adapters are not of one base."""
 
 
 def changed(a: Subject, b: Subject) -> list[tuple[str, Any, Any]]:
@@ -57,7 +59,9 @@ def distance(a: Subject, b: Subject) -> Distance:
     norm_a, norm_b = square_a**0.5, square_b**0.5
     apart = max(square_a + square_b - 2 * inner, 0.0) ** 0.5
     cosine = inner / (norm_a * norm_b) if norm_a and norm_b else 0.0
-    return Distance(norm_a, norm_b, apart, cosine, len(shared), len(left) - len(shared), len(right) - len(shared))
+    only_a, only_b = len(left) - len(shared), len(right) - len(shared)
+    unlike = sum(_shape(a, left[key]) != _shape(b, right[key]) for key in shared)
+    return Distance(norm_a, norm_b, apart, cosine, len(shared), only_a, only_b, unlike)
 
 
 def _facts(subject: Subject) -> dict[str, Any]:
@@ -99,8 +103,14 @@ def _product(one: Subject, key_one: str, two: Subject, key_two: str) -> float:
     a_1, b_1 = _matrices(one, key_one)
     a_2, b_2 = _matrices(two, key_two)
     if a_1.shape[1] != a_2.shape[1] or b_1.shape[0] != b_2.shape[0]:
-        return 0.0  # not the same base: what the caller says beforehand
+        return 0.0  # not of one base: counted in `other_shapes`
     return float(((b_1.T @ b_2) * (a_1 @ a_2.T)).sum())
+
+
+def _shape(subject: Subject, pair: tuple[str, str]) -> tuple[int, int]:
+    """The shape of a module's update: (out, in), or (rows, width) for embeddings."""
+    a_key, b_key = pair
+    return subject.header[b_key].shape[0], subject.header[a_key].shape[1]
 
 
 def _matrices(subject: Subject, module: str) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -7,6 +7,7 @@ the files to the output. What fails leaves nothing behind.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict
 from enum import StrEnum
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_tune.adapter.export_job import Job, Written
+from lora_tune.adapter.export_job import OUTPUT, Job, Written
 from lora_tune.adapter.export_targets import TARGETS
 from lora_tune.adapter.new_folder import new_folder
 from lora_tune.errors import CheckFailed, LoraTuneError, Problem, UsageError
@@ -75,7 +76,7 @@ def command(
     print_problems([*problems, *notes])
     results().print(f"{output}: {_numbers(facts)}")
     for line in written.how:
-        results().print(line.replace("{output}", str(output)))
+        results().print(line.replace(OUTPUT, shlex.quote(str(output))))
 
 
 def _refuse_idle(to: str, *, dtype: Dtype | None, max_kl: float | None) -> None:

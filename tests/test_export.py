@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,16 @@ def test_the_command_has_the_smallest_rank(
     base = Base(name=str(tiny_base), quantize="none", compute_dtype="float32")
     report = verify_folder(tmp_path / "out", base=base, depth="full")
     assert not report.errors and report.facts["replay"]["adapter"] < 1e-5
+
+
+@pytest.mark.parametrize(("to", "word"), [("vllm", "mine={}"), ("sglang", "mine={}"), ("mlx", "{}")])
+def test_the_command_is_quoted_for_a_shell(
+    to: str, word: str, adapter: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "an output; true"
+    assert main(["export", str(adapter), "--to", to, "--output", str(output), "--base", str(tiny_base)]) == 0
+    assert word.format(output) in shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert word.format(f"./{output.name}") in shlex.split((output / "README.md").read_text().split("```")[-2])
 
 
 def test_mlx_holds_the_same_product(adapter: Path, tiny_base: Path, tmp_path: Path, capsys: Any) -> None:

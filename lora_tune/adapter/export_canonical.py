@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_tune.adapter.compat import ENGINES, SIGNS, Answer, Engine, Traits, judge
-from lora_tune.adapter.export_job import Job, Written
+from lora_tune.adapter.export_job import OUTPUT, Job, Written, shell_word
 from lora_tune.adapter.folder import CONFIG, FILES, MANIFEST, WEIGHTS, read_manifest, write_file, write_json
 from lora_tune.adapter.folder import write_manifest as write_last
 from lora_tune.adapter.parity import Render
@@ -87,7 +86,7 @@ def _write_for(engine: Engine, job: Job, scratch: Path) -> Written:
         render, stops = _own_words(scratch, model=source.folder)
     else:
         render, stops = _base_words(job)
-    shown = _command(engine, job, rank=rank, own=own, base_at=_typed_base(job), folder_at="{output}")
+    shown = _command(engine, job, rank=rank, own=own, base_at=_typed_base(job), folder_at=OUTPUT)
     facts |= {"engine": engine, "command": command, "notes": notes, "own_words": own}
     return Written(facts, render, stops, (*notes, shown))
 
@@ -140,24 +139,19 @@ def _base_words(job: Job) -> tuple[Render, frozenset[int]]:
 def _command(engine: Engine, job: Job, *, rank: int, own: bool, folder_at: str, base_at: str | None = None) -> str:
     """The command that serves the folder; without paths, the base is named as it is recorded."""
     source, base = job.known_base()
-    name = job.folder.resolve().name
-    folder = folder_at
+    name, folder = shell_word(job.folder.resolve().name), shell_word(folder_at)
     model = base_at or (source.name if source.kind == "hub" else f"PATH/TO/{source.name.rpartition(':')[2]}")
     revision = f" --revision {source.revision}" if source.kind == "hub" and source.revision else ""
     flags = judge(Traits(ranks=(rank,)), engine).flags
     dtype = f" --dtype {base.compute_dtype}" if base.compute_dtype != "auto" else ""
     if engine == "vllm":
         words = f" --tokenizer {folder}" if own else ""
-        return f"vllm serve {_quoted(model)}{revision}{dtype} {flags} --lora-modules {name}={folder}{words}"
+        return f"vllm serve {shell_word(model)}{revision}{dtype} {flags} --lora-modules {name}={folder}{words}"
     words = f" --tokenizer-path {folder}" if own else ""
     return (
-        f"python -m sglang.launch_server --model-path {_quoted(model)}{revision}{dtype} {flags} "
+        f"python -m sglang.launch_server --model-path {shell_word(model)}{revision}{dtype} {flags} "
         f"--lora-paths {name}={folder}{words}"
     )
-
-
-def _quoted(text: str) -> str:
-    return text if text.startswith("{") else shlex.quote(text)
 
 
 def _typed_base(job: Job) -> str | None:

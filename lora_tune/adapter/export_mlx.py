@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tune.adapter.compat import MLX_ARCHITECTURES
-from lora_tune.adapter.export_job import Job, Written
+from lora_tune.adapter.export_job import OUTPUT, Job, Written, shell_word
 from lora_tune.adapter.parity import Render
 from lora_tune.adapter.words import differs, template_text
 from lora_tune.errors import CheckFailed, Problem
@@ -67,7 +67,7 @@ def write_mlx(job: Job, scratch: Path) -> Written:
     facts: dict[str, Any] = {"rank": form.rank, "dtype": job.dtype, "largest_relative_error": form.error}
     held = () if base.quantize == "none" else (f"~ it was trained on a base in {base.quantize}: see lora-tune merge",)
     place = source.name if source.kind == "hub" else str(source.folder)
-    return Written({**facts, "command": command}, render, stops, (*held, _command(place, "{output}", own=own)))
+    return Written({**facts, "command": command}, render, stops, (*held, _command(place, OUTPUT, own=own)))
 
 
 def mlx_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -118,6 +118,7 @@ def _words(job: Job) -> tuple[Render, frozenset[int], str | None]:
 
 
 def _command(model: str, folder: str, *, own: str) -> str:
+    model, folder = shell_word(model), shell_word(folder)
     template = f' --chat-template "$(cat {folder}/chat_template.jinja)"' if own == "yes" else ""
     return f"mlx_lm.server --model {model} --adapter-path {folder}{template}"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tune.adapter.export_job import Job, Written
+from lora_tune.adapter.export_job import Job, Written, shell_word
 from lora_tune.adapter.modelfile import Modelfile, read_modelfile
 from lora_tune.data.conversation import Conversation
 from lora_tune.errors import CheckFailed, Problem
@@ -121,7 +121,7 @@ def _with_modelfile(
     text = (scratch / MODELFILE).read_text(encoding="utf-8")
     ids = [chat.tokenizer.convert_tokens_to_ids(stop) for stop in read_modelfile(text).stops]
     notes = [*tokenizer.notes, *said.notes]
-    name = job.folder.resolve().name
+    name = shell_word(job.folder.resolve().name)
     how = (*(f"~ {note}" for note in notes), f"ollama create {name} -f {{output}}/{MODELFILE}", f"ollama run {name}")
     return Written(
         {**facts, **tokenizer.facts(), "notes": notes}, ollama_words(text, tokenizer), [int(one) for one in ids], how

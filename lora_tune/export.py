@@ -127,8 +127,8 @@ def _compare_words(job: Job, written: Written, *, to: str, rows: int) -> tuple[d
     from lora_tune.adapter.parity import check_parity, held_out_conversations
 
     if written.render is None or job.chat is None:
-        reason = "its words were not compared with training: there is no tokenizer"
-        return None, [Problem(reason, "give its base with --base", str(job.folder), severity="warning")]
+        reason = "its words were not compared with training: it has no tokenizer with a chat template"
+        return None, [Problem(reason, "render prompts as its author did", str(job.folder), severity="warning")]
     conversations = held_out_conversations(job.folder, job.chat, rows=rows, data=job.data)
     found = check_parity(job.chat, written.render, conversations, stop_ids=written.stop_ids, target=to)
     notes = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -127,3 +128,19 @@ def test_updates_of_other_shapes_are_not_called_the_same(tmp_path: Path, capsys:
     assert "28 modules have other shapes" in answer["problems"][0]["reason"]
     assert main(["adapters", "diff", str(tmp_path / "a"), str(tmp_path / "a"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
+def test_an_adapter_without_a_template_has_a_canonical_form(corpus: Path, tmp_path: Path, capsys: Any) -> None:
+    """A stranger's, with the tokenizer of gpt2, which has no chat template."""
+    folder, output = corpus / "data" / "adapters" / "gpt2_r16_causal_trl-kto", tmp_path / "new"
+    assert main(["export", str(folder), "--to", "canonical", "--output", str(output)]) == 0
+    shown = capsys.readouterr()
+    assert "were not compared with training: it has no tokenizer with a chat template" in shown.err
+    proof = shlex.split(shown.out.splitlines()[-1].partition("lora-tune ")[2])
+    assert proof == ["adapters", "verify", str(output), "--quick"] and main(proof) == 0
+
+
+def test_a_strangers_adapter_is_merged_by_saying_where_its_base_is(tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(EXAMPLE, tmp_path / "a", ignore=shutil.ignore_patterns(MANIFEST, "checkpoints"))
+    assert main(["merge", str(tmp_path / "a"), "--output", str(tmp_path / "out")]) == 1
+    assert "has no manifest, which would name its base; give it with --base" in capsys.readouterr().err

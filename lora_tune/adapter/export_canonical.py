@@ -12,7 +12,7 @@ from lora_tune.adapter.export_job import OUTPUT, Job, Written, shell_word
 from lora_tune.adapter.folder import CONFIG, FILES, MANIFEST, WEIGHTS, read_manifest, write_file, write_json
 from lora_tune.adapter.folder import write_manifest as write_last
 from lora_tune.adapter.parity import Render
-from lora_tune.adapter.words import TOKENIZER, differs
+from lora_tune.adapter.words import TOKENIZER, differs, template_text
 from lora_tune.errors import CheckFailed, Problem
 
 _CARD = "README.md"
@@ -28,9 +28,11 @@ def write_canonical(job: Job, scratch: Path) -> Written:
     """
     facts = _write_form(job, scratch, card=None)
     manifest = job.subject.manifest
-    render, stops = _own_words(scratch, model=job.source.folder if job.source else None)
+    model = job.source.folder if job.source else None
+    render, stops = _own_words(scratch, model=model) if template_text(scratch) is not None else (None, frozenset())
     stops |= frozenset(manifest.chat.stop_ids if manifest else ())  # where the format says that answers end
-    return Written(facts, render, stops, (f"its proof: lora-tune adapters verify {{output}}{_base_flag(job)}",))
+    proof = "checked again by" if manifest is None else "its proof"
+    return Written(facts, render, stops, (f"{proof}: lora-tune adapters verify {{output}}{_verify_flags(job)}",))
 
 
 def write_vllm(job: Job, scratch: Path) -> Written:
@@ -159,9 +161,12 @@ def _typed_base(job: Job) -> str | None:
     return None if source.kind == "hub" else str(source.folder)
 
 
-def _base_flag(job: Job) -> str:
+def _verify_flags(job: Job) -> str:
+    """A local base must be given; without a manifest there are no test vectors."""
     manifest = job.subject.manifest
-    return " --base BASE" if manifest is not None and manifest.base.kind == "local" else ""
+    if manifest is None:
+        return " --quick"
+    return " --base BASE" if manifest.base.kind == "local" else ""
 
 
 def _card(engine: Engine, command: str) -> str:

@@ -16,7 +16,15 @@ from lora_tune.adapter import tensor_file
 from lora_tune.adapter.checks import Subject, run_checks
 from lora_tune.adapter.compat import Traits, traits_of
 from lora_tune.adapter.expected_keys import PREFIX, module_shapes
-from lora_tune.adapter.folder import MANIFEST, VECTORS, WEIGHTS, Manifest, read_manifest, read_part
+from lora_tune.adapter.folder import (
+    MANIFEST,
+    VECTORS,
+    WEIGHTS,
+    Manifest,
+    read_manifest,
+    read_part,
+    require_folder,
+)
 from lora_tune.adapter.words import differs
 from lora_tune.errors import CheckFailed, LoraTuneError, Problem
 from lora_tune.model import hub
@@ -92,8 +100,12 @@ def base_of(manifest: Manifest, *, name: str | None = None, quantize: str | None
 def recorded_base(folder: Path, *, name: str | None = None) -> Base:
     """The base that a folder's manifest names, or the one called `name` held in the same way.
 
-    Raises: CheckFailed without a manifest, UsageError where the base is a local folder and `name` is not given.
+    Raises: CheckFailed without a manifest, or where the base is a local folder and `name` is not given; UsageError
+    without the folder.
     """
+    require_folder(folder)
+    if not (folder / MANIFEST).exists():
+        raise CheckFailed(Problem("has no manifest, which would name its base", "give it with --base", str(folder)))
     manifest = read_manifest(folder)
     if name is None and not _is_findable(manifest):
         reason = f"its base is the local folder {manifest.base.name!r}"

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 
 from lora_tune.adapter.folder import FILES, read_manifest
 from lora_tune.cli import main
@@ -126,9 +127,9 @@ def test_the_command_beside_the_scores_makes_them_again(journey: tuple[Path, str
     manifest, card = read_manifest(place / "out"), (place / "out" / "README.md").read_text(encoding="utf-8")
     (command,) = {line.split("`")[1] for line in card.splitlines() if line.startswith("Made again by `lora-tune eval")}
     words = command.replace("path/to/this/folder", "out").replace("path/to/the/base", "base").split()
-    again = process(place, "lora_tune", *words[1:], "--json", "--report", "again.html")
-    out, err = again.communicate(timeout=280)
-    assert again.returncode == 0, err
+    again = warm.command([*words[1:], "--json", "--report", "again.html"], cwd=place)
+    assert again.returncode == 0, again.stderr
+    out = again.stdout
     assert json.loads(out)["rows"] == 4
     for name, score in manifest.scores.items():
         found = json.loads(out)["metrics"][name]
@@ -211,9 +212,8 @@ def test_interrupted_and_resumed_is_the_same_run_bit_for_bit(
     assert run.returncode == 130, err
     assert "--resume" in err and "Traceback" not in err
     assert not (place / "out" / "manifest.json").exists()
-    again = process(place, "lora_tune.run", "recipe.yaml", "--resume")
-    _, err = again.communicate(timeout=250)
-    assert again.returncode == 0, err
+    again = warm.command(["run", "recipe.yaml", "--resume"], cwd=place)
+    assert again.returncode == 0, again.stderr
     names = ("adapter_model.safetensors", "adapter_config.json", "test_vectors.json")
     for name in names:
         assert (place / "out" / name).read_bytes() == (journey[0] / "out" / name).read_bytes(), name

@@ -39,6 +39,10 @@ train: {batch_size: 8, micro_batch_size: 2, max_length: 96, learning_rate: 1e-2,
 eval: {hold_out: 0, samples: 0}
 output: out
 """
+NIGHTLY = (
+    pytest.mark.nightly,
+    pytest.mark.skipif("LORA_TUNE_ENGINES_REQUIRED" not in os.environ, reason="four processes: make nightly"),
+)
 ROWS = 43  # five steps of 8 and one of 3, in which two of four processes have nothing
 BASES = {"lora": (), "nf4": ("base.quantize=nf4",)}
 SHARED = {"2 ddp": (2, "ddp"), "4 ddp": (4, "ddp"), "2 fsdp2": (2, "fsdp2")}
@@ -100,7 +104,13 @@ def require_same(folder: Path, reference: Path) -> None:
 
 @pytest.mark.parametrize(
     ("base", "shared"),
-    [("lora", "2 ddp"), ("lora", "4 ddp"), ("lora", "2 fsdp2"), ("nf4", "2 ddp"), ("nf4", "2 fsdp2")],
+    [
+        ("lora", "2 ddp"),
+        pytest.param("lora", "4 ddp", marks=NIGHTLY),
+        ("lora", "2 fsdp2"),
+        ("nf4", "2 ddp"),
+        ("nf4", "2 fsdp2"),
+    ],
 )
 def test_several_processes_train_as_one(
     workplace: Path, run: Run, alone: Callable[[str], Path], base: str, shared: str
@@ -120,7 +130,7 @@ def test_several_processes_train_as_one(
     ("name", "before", "after"),
     [
         ("fewer", (2, "ddp"), (1, "auto")),
-        ("more", (1, "auto"), (4, "ddp")),
+        pytest.param("more", (1, "auto"), (4, "ddp"), marks=NIGHTLY),
         ("whole", (2, "fsdp2"), (1, "auto")),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lora_tune.cli import main
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "train.max_steps=2", "train.batch_size=2", "train.max_length=512", "train.too_long=drop", "eval.hold_out=4",
+    "data.0.max_rows=120",
     "eval.samples=1", "limits.dropped_rows=100%", "limits.lost_end_tokens=100%",
 )  # fmt: skip
 # name: (recipe, source in the corpus, its settings, format that must come out, rows read)
@@ -31,7 +33,15 @@ REAL: dict[str, tuple[str, str, tuple[str, ...], str, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", REAL)
+SELDOM = (
+    pytest.mark.nightly,
+    pytest.mark.skipif("LORA_TUNE_ENGINES_REQUIRED" not in os.environ, reason="half a minute: make nightly"),
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SELDOM if name in ("gsm8k", "multi-turn") else ()) for name in REAL]
+)
 def test_real_rows_become_an_adapter(
     name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

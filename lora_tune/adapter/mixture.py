@@ -33,9 +33,13 @@ def mixable_rank(tensors: Mapping[str, torch.Tensor]) -> int | None:
 
 
 class _Rows:
-    """Which columns (R) a row of the batch (B) does not have: (B, 1, R), True where they are hidden."""
+    """Which columns (R) a row of the batch (B) does not have: (B, 1, R), True where they are hidden.
+
+    `own` are the columns of an adapter that has the batch for itself (none: of the base), which needs no mask.
+    """
 
     hidden_B1R: torch.Tensor
+    own: slice | None = None
 
 
 class _TogetherA(nn.Module):
@@ -48,10 +52,26 @@ class _TogetherA(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, in) or, where a model has flattened it, (B * T, in), to as many columns R."""
+        if self._rows.own is not None:
+            return nn.functional.linear(x, self.weight[self._rows.own])
         columns, hidden = nn.functional.linear(x, self.weight), self._rows.hidden_B1R
         if columns.dim() == 3:
             return columns.masked_fill(hidden, 0.0)
         return columns.view(len(hidden), -1, columns.shape[-1]).masked_fill(hidden, 0.0).view(columns.shape)
+
+
+class _TogetherB(nn.Module):
+    """B of all adapters (out, R)."""
+
+    def __init__(self, weight: torch.Tensor, rows: _Rows) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._rows = rows
+
+    def forward(self, columns: torch.Tensor) -> torch.Tensor:
+        """What A gave, to (…, out)."""
+        own = self._rows.own
+        return nn.functional.linear(columns, self.weight if own is None else self.weight[:, own])
 
 
 class Mixture:
@@ -103,7 +123,11 @@ class Mixture:
         device = self._table_KR.device
         rows_B = torch.tensor([number[name] for name in wanted], device=device)
         self._rows.hidden_B1R = self._table_KR[rows_B].unsqueeze(1)
+        self._rows.own = self._columns_of(wanted[0]) if len(set(wanted)) == 1 else None
         self._selected = wanted
+
+    def _columns_of(self, name: str | None) -> slice:
+        return slice(0, 0) if name is None else self._stacked[name]
 
     def alone(self, name: str) -> None:
         """Let all rows of the next batches be answered by this adapter, which may be of any kind."""
@@ -144,9 +168,7 @@ class Mixture:
             a_RI[start : start + rank] = layer.lora_A[name].weight
             b_OR[:, start : start + rank] = layer.lora_B[name].weight.float() * layer.scaling[name]
         layer.lora_A[_NAME] = _TogetherA(a_RI, self._rows)
-        head = nn.Linear(columns, b.shape[0], bias=False, device="meta")
-        head.weight = nn.Parameter(b_OR, requires_grad=False)
-        layer.lora_B[_NAME], layer.lora_dropout[_NAME] = head, nn.Identity()
+        layer.lora_B[_NAME], layer.lora_dropout[_NAME] = _TogetherB(b_OR, self._rows), nn.Identity()
         layer.scaling[_NAME] = 1.0
 
 

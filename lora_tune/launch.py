@@ -24,8 +24,8 @@ from lora_tune.training.job_files import STORAGE, Engine, Job, file_name, how_to
 from lora_tune.training.metrics_file import write_whole
 
 if TYPE_CHECKING:
+    from lora_tune.adapter.engine_arguments import Served
     from lora_tune.adapter.folder import Manifest
-    from lora_tune.serving.engine_arguments import Served
 
 app = typer.Typer(help="Files that cluster engines take: trainings, and replicas of vLLM.", add_completion=False)
 Target = Literal["slurm", "kubeflow", "skypilot", "dstack", "ray", "compose", "kubernetes"]
@@ -196,9 +196,9 @@ def _served(folders: Sequence[Path]) -> Served:
     Raises: UsageError, CheckFailed where folders do not fit each other, or vLLM cannot run one of them.
     """
     from lora_tune.adapter.compat import judge
+    from lora_tune.adapter.engine_arguments import Served
     from lora_tune.adapter.verify import engine_traits, verify_folder
     from lora_tune.serving.deploy import ADAPTERS
-    from lora_tune.serving.engine_arguments import Served
 
     bases: dict[tuple[str, str | None], Manifest] = {}
     adapters: dict[str, str] = {}

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
+from lora_tune.adapter.engine_arguments import Served, vllm_arguments
 from lora_tune.errors import LoraTuneError
 from lora_tune.serving.deploy import ADAPTERS, Form, VllmDeployment, render_vllm_deployment
-from lora_tune.serving.engine_arguments import Served, vllm_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = VllmDeployment(

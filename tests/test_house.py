@@ -97,7 +97,7 @@ COLD = [
     "lora_tune.adapter.claim",
     "lora_tune.chat",
     "lora_tune.serving.deploy",
-    "lora_tune.serving.engine_arguments",
+    "lora_tune.adapter.engine_arguments",
 ]  # fmt: skip
 DISTRIBUTION = {"pynvml": "nvidia-ml-py", "pydantic_core": "pydantic", "ruamel": "ruamel.yaml"}
 

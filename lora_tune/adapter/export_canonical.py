@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_tune.adapter.compat import ENGINES, SIGNS, Answer, Engine, Traits, judge
-from lora_tune.adapter.export_job import OUTPUT, Job, Written, shell_word
+from lora_tune.adapter.engine_arguments import Served, sglang_arguments, vllm_arguments
+from lora_tune.adapter.export_job import OUTPUT, Job, Written
 from lora_tune.adapter.folder import CONFIG, FILES, MANIFEST, WEIGHTS, read_manifest, write_file, write_json
 from lora_tune.adapter.folder import write_manifest as write_last
 from lora_tune.adapter.parity import Render
@@ -32,7 +34,7 @@ def write_canonical(job: Job, scratch: Path) -> Written:
     render, stops = _own_words(scratch, model=model) if template_text(scratch) is not None else (None, frozenset())
     stops |= frozenset(manifest.chat.stop_ids if manifest else ())  # where the format says that answers end
     proof = "checked again by" if manifest is None else "its proof"
-    return Written(facts, render, stops, (f"{proof}: lora-tune adapters verify {{output}}{_verify_flags(job)}",))
+    return Written(facts, render, stops, (f"{proof}: lora-tune adapters verify {OUTPUT}{_verify_flags(job)}",))
 
 
 def write_vllm(job: Job, scratch: Path) -> Written:
@@ -141,19 +143,19 @@ def _base_words(job: Job) -> tuple[Render, frozenset[int]]:
 def _command(engine: Engine, job: Job, *, rank: int, own: bool, folder_at: str, base_at: str | None = None) -> str:
     """The command that serves the folder; without paths, the base is named as it is recorded."""
     source, base = job.known_base()
-    name, folder = shell_word(job.folder.resolve().name), shell_word(folder_at)
     model = base_at or (source.name if source.kind == "hub" else f"PATH/TO/{source.name.rpartition(':')[2]}")
-    revision = f" --revision {source.revision}" if source.kind == "hub" and source.revision else ""
-    flags = judge(Traits(ranks=(rank,)), engine).flags
-    dtype = f" --dtype {base.compute_dtype}" if base.compute_dtype != "auto" else ""
-    if engine == "vllm":
-        words = f" --tokenizer {folder}" if own else ""
-        return f"vllm serve {shell_word(model)}{revision}{dtype} {flags} --lora-modules {name}={folder}{words}"
-    words = f" --tokenizer-path {folder}" if own else ""
-    return (
-        f"python -m sglang.launch_server --model-path {shell_word(model)}{revision}{dtype} {flags} "
-        f"--lora-paths {name}={folder}{words}"
+    served = Served(
+        base=model,
+        name=model,
+        adapters={job.folder.resolve().name: folder_at},
+        rank=rank,
+        revision=source.revision if source.kind == "hub" else None,
+        tokenizer=folder_at if own else None,
+        dtype=base.compute_dtype if base.compute_dtype != "auto" else None,
     )
+    if engine == "vllm":
+        return shlex.join(["vllm", "serve", *vllm_arguments(served)])
+    return shlex.join(["python", "-m", "sglang.launch_server", *sglang_arguments(served)])
 
 
 def _typed_base(job: Job) -> str | None:

@@ -6,7 +6,6 @@ folder; the verb then compares its words with training and only after that moves
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +70,5 @@ class Written:
     how: tuple[str, ...] = ()
 
 
-OUTPUT = "{output}"
-"""Where the folder will lie, in a line of `how`; the verb puts the quoted path there."""
-
-
-def shell_word(text: str) -> str:
-    """One word of a command line, quoted where it must be; the place of the output stays open."""
-    return text if text == OUTPUT else shlex.quote(text)
+OUTPUT = "@OUTPUT@"
+"""Where the folder will lie, in a line of `how`; the verb puts the quoted path there. No shell needs it quoted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lora_tune.adapter.export_job import Job, Written
+from lora_tune.adapter.export_job import OUTPUT, Job, Written
 
 
 def write_merged(job: Job, scratch: Path) -> Written:
@@ -25,5 +25,5 @@ def write_merged(job: Job, scratch: Path) -> Written:
         f"trained, same most likely token {measured['top1']:.2%}"
     )
     render, stops = transformers_words(scratch, model=scratch)
-    how = ("vllm serve {output}", "python -m sglang.launch_server --model-path {output}")
+    how = (f"vllm serve {OUTPUT}", f"python -m sglang.launch_server --model-path {OUTPUT}")
     return Written({"summary": summary, **facts}, render, stops, how)

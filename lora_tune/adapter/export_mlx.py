@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_tune.adapter.compat import MLX_ARCHITECTURES
-from lora_tune.adapter.export_job import OUTPUT, Job, Written, shell_word
+from lora_tune.adapter.export_job import OUTPUT, Job, Written
 from lora_tune.adapter.parity import Render
 from lora_tune.adapter.words import differs, template_text
 from lora_tune.errors import CheckFailed, Problem
@@ -118,7 +119,7 @@ def _words(job: Job) -> tuple[Render, frozenset[int], str | None]:
 
 
 def _command(model: str, folder: str, *, own: str) -> str:
-    model, folder = shell_word(model), shell_word(folder)
+    model, folder = shlex.quote(model), shlex.quote(folder)
     template = f' --chat-template "$(cat {folder}/chat_template.jinja)"' if own == "yes" else ""
     return f"mlx_lm.server --model {model} --adapter-path {folder}{template}"
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_tune.adapter.export_job import Job, Written, shell_word
+from lora_tune.adapter.export_job import OUTPUT, Job, Written
 from lora_tune.adapter.modelfile import Modelfile, read_modelfile
 from lora_tune.data.conversation import Conversation
 from lora_tune.errors import CheckFailed, Problem
@@ -35,8 +36,8 @@ def write_gguf(job: Job, scratch: Path) -> Written:
     tokenizer = llama_tokenizer(gguf_tokenizer(chat, rows=_rows(source.config)), chat)
     (scratch / "chat_template.jinja").write_text(chat.text, encoding="utf-8")
     held = () if base.quantize == "none" else (_HELD.format(base.quantize),)
-    command = f"llama-server -m BASE.gguf --lora {{output}}/{ADAPTER_FILE} --jinja"
-    command += " --chat-template-file {output}/chat_template.jinja"
+    command = f"llama-server -m BASE.gguf --lora {OUTPUT}/{ADAPTER_FILE} --jinja"
+    command += f" --chat-template-file {OUTPUT}/chat_template.jinja"
     render = jinja_words(chat, tokenizer)
     return Written({**facts, **tokenizer.facts()}, render, tokenizer.stop_ids, (*held, command))
 
@@ -46,7 +47,7 @@ def write_merged_gguf(job: Job, scratch: Path) -> Written:
     found, facts = _merged(job, scratch / MERGED_FILE)
     render = jinja_words(job.known_chat(), found)
     return Written(
-        {**facts, **found.facts()}, render, found.stop_ids, (f"llama-server -m {{output}}/{MERGED_FILE} --jinja",)
+        {**facts, **found.facts()}, render, found.stop_ids, (f"llama-server -m {OUTPUT}/{MERGED_FILE} --jinja",)
     )
 
 
@@ -121,8 +122,8 @@ def _with_modelfile(
     text = (scratch / MODELFILE).read_text(encoding="utf-8")
     ids = [chat.tokenizer.convert_tokens_to_ids(stop) for stop in read_modelfile(text).stops]
     notes = [*tokenizer.notes, *said.notes]
-    name = shell_word(job.folder.resolve().name)
-    how = (*(f"~ {note}" for note in notes), f"ollama create {name} -f {{output}}/{MODELFILE}", f"ollama run {name}")
+    name = shlex.quote(job.folder.resolve().name)
+    how = (*(f"~ {note}" for note in notes), f"ollama create {name} -f {OUTPUT}/{MODELFILE}", f"ollama run {name}")
     return Written(
         {**facts, **tokenizer.facts(), "notes": notes}, ollama_words(text, tokenizer), [int(one) for one in ids], how
     )

@@ -22,4 +22,4 @@ TARGETS: dict[str, Callable[[Job, Path], Written]] = {
     "ollama": write_ollama,
     "ollama-adapter": write_ollama_adapter,
 }
-"""{--to: the function that writes it into an empty folder}; `{output}` in its `how` becomes the folder's place."""
+"""{--to: the function that writes it into an empty folder}; `OUTPUT` in its `how` becomes the folder's place."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lora_tune.adapter.engine_arguments import Served, vllm_arguments
 from lora_tune.errors import UsageError
-from lora_tune.serving.engine_arguments import Served, vllm_arguments
 
 Form = Literal["compose", "kubernetes"]
 VLLM_IMAGE = "vllm/vllm-openai:v0.33.0"

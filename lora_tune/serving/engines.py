@@ -17,6 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lora_tune.adapter.compat import judge
+from lora_tune.adapter.engine_arguments import (
+    Served,
+    llama_server_arguments,
+    sglang_arguments,
+    vllm_arguments,
+    vllm_rank,
+)
 from lora_tune.adapter.export_job import Job, Written
 from lora_tune.adapter.folder import CONFIG, TEMPLATE, WEIGHTS
 from lora_tune.adapter.new_folder import new_folder
@@ -24,13 +31,6 @@ from lora_tune.adapter.verify import engine_traits, verify_folder
 from lora_tune.errors import CheckFailed, Problem, UsageError
 from lora_tune.model.source import BaseSource, find_base
 from lora_tune.recipe import Base
-from lora_tune.serving.engine_arguments import (
-    Served,
-    llama_server_arguments,
-    sglang_arguments,
-    vllm_arguments,
-    vllm_rank,
-)
 from lora_tune.serving.settings import TOKEN_VARIABLE
 
 if TYPE_CHECKING:

@@ -35,9 +35,12 @@ class Served:
     context: int | None = None
 
 
-def vllm_arguments(served: Served, *, host: str, port: int) -> list[str]:
-    """What stands behind `vllm serve`. Raises: CheckFailed where a rank is larger than vLLM takes."""
-    words = [served.base, "--served-model-name", served.name, "--host", host, "--port", str(port)]
+def vllm_arguments(served: Served, *, host: str | None = None, port: int = 8000) -> list[str]:
+    """What stands behind `vllm serve`; without a host, name and address are left to who types it.
+
+    Raises: CheckFailed where a rank is larger than vLLM takes.
+    """
+    words = [served.base, *_address(served, host, port)]
     words += ["--revision", served.revision] if served.revision else []
     words += ["--tokenizer", served.tokenizer] if served.tokenizer else []
     words += ["--chat-template", served.template] if served.template and not served.tokenizer else []
@@ -52,9 +55,9 @@ def vllm_arguments(served: Served, *, host: str, port: int) -> list[str]:
     return words
 
 
-def sglang_arguments(served: Served, *, host: str, port: int) -> list[str]:
-    """What stands behind `python -m sglang.launch_server`."""
-    words = ["--model-path", served.base, "--served-model-name", served.name, "--host", host, "--port", str(port)]
+def sglang_arguments(served: Served, *, host: str | None = None, port: int = 30000) -> list[str]:
+    """What stands behind `python -m sglang.launch_server`; without a host as `vllm_arguments`."""
+    words = ["--model-path", served.base, *_address(served, host, port)]
     words += ["--revision", served.revision] if served.revision else []
     words += ["--dtype", served.dtype] if served.dtype else []
     words += ["--context-length", str(served.context)] if served.context else []
@@ -81,6 +84,10 @@ def llama_server_arguments(served: Served, *, host: str, port: int) -> list[str]
     for path in served.adapters.values():
         words += ["--lora", path]
     return words if alone or not served.adapters else [*words, "--lora-init-without-apply"]
+
+
+def _address(served: Served, host: str | None, port: int) -> list[str]:
+    return [] if host is None else ["--served-model-name", served.name, "--host", host, "--port", str(port)]
 
 
 def vllm_rank(rank: int) -> int:

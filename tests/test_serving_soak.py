@@ -40,13 +40,13 @@ def test_what_goes_wrong_is_seen(tiny_base: Path, tmp_path: Path) -> None:
     with serving(backend, ServeSettings(loading=tmp_path)) as (running,):
 
         async def mix_up() -> None:
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.6)
             served = backend._served
             served["a"], served["b"] = served["b"], served["a"]
 
         async def both() -> object:
             task = asyncio.create_task(mix_up())
-            found = await soak(running.url, ["a", "b"], (folders["a"], folders["b"]), psutil.Process(), seconds=2)
+            found = await soak(running.url, ["a", "b"], (folders["a"], folders["b"]), psutil.Process(), seconds=1.2)
             await task
             return found
 

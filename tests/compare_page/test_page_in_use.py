@@ -45,15 +45,13 @@ def test_stop_ends_the_answers_and_frees_the_engine(url: str, backend: LocalBack
 
 
 def test_a_busy_server_says_so_and_answers_later(servers: Servers, opened: Opener, votes: Path) -> None:
-    small = LocalBackend.start(
-        base_section(BASE), adapters={"example": EXAMPLE, "twin": EXAMPLE}, limits=Limits(rows=1, queue=1)
-    )
+    small = LocalBackend.start(base_section(BASE), adapters={"example": EXAMPLE}, limits=Limits(rows=1, queue=1))
     one = opened(servers.start(small, ServeSettings()).url)
     assert "preference" not in one.page.locator("#empty").inner_text(), "this server keeps no votes"
     one.page.locator("#add-column").click()
     for column in (1, 2, 3):
         one.page.locator(f"#column-{column}").select_option(BASE)
-    one.send("What is the capital of France?", tokens=80)
+    one.send("What is the capital of France?", tokens=40)
     failed = one.page.locator("[data-state=failed]")
     assert failed.count() == 1 and "busy" in failed.inner_text() and "try again in" in failed.inner_text()
     assert one.page.locator(".votes").count() == 0, "this server keeps no votes"

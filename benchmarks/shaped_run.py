@@ -31,7 +31,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
     "llama-8b": (4096, 14336, 32, 32, 8, 128256),
-    "llama-8b-4-layers": (4096, 14336, 4, 32, 8, 128256),  # for what takes the memory of one layer, whatever their number
+    "llama-8b-4-layers": (4096, 14336, 4, 32, 8, 128256),  # where one layer decides, not their number
 }
 
 

@@ -278,11 +278,14 @@ def test_other_combinations(method: Any, pair: list[Path], tiny_base: Path) -> N
 
 def test_several_adapters_are_merged_and_measured(pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
+    namesake = tmp_path / "other" / "a"
+    shutil.copytree(pair[1], namesake)  # two folders of one name are two adapters
+    pair = [pair[0], namesake]
     arguments = ["merge", *map(str, pair), "--output", str(out), "--base", str(tiny_base), "--weights", "1,0"]
     assert main(arguments) == 0
     facts = json.loads((out / "merge.json").read_text())
-    assert facts["combined"] == {"method": "linear", "weights": {"a": 1.0, "b": 0.0}}
-    assert facts["from_each"]["a"]["kl"] < 1e-8 < 1e-4 < facts["from_each"]["b"]["kl"]
+    assert facts["combined"] == {"method": "linear", "weights": {"a": 1.0, "a (2)": 0.0}}
+    assert facts["from_each"]["a"]["kl"] < 1e-8 < 1e-4 < facts["from_each"]["a (2)"]["kl"]
     assert main([*arguments[:-1], "1", "--output", str(tmp_path / "x")]) == 2
     finished.write_finished(tmp_path / "c", tiny_base)  # trained on the unquantized base
     arguments = ["merge", str(pair[0]), str(tmp_path / "c"), "--output", str(tmp_path / "x"), "--base", str(tiny_base)]

@@ -60,6 +60,17 @@ class MergeJob:
     chat: ChatTemplate
     rows: tuple[Row, ...]
 
+    @property
+    def names(self) -> list[str]:
+        """The folders' own names; of several that are called alike the later ones are numbered: x, x (2)."""
+        found: list[str] = []
+        for folder in self.folders:
+            name, number = folder.resolve().name, 2
+            while name in found:
+                name, number = f"{folder.resolve().name} ({number})", number + 1
+            found.append(name)
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
@@ -130,7 +141,7 @@ def merge_folders(
     stored_dtype = _stored_dtype(job.source)
     facts = {**_identity(job), "dtype": stored_dtype, "chosen": chosen.name, **_measured(found)}
     if len(job.folders) > 1:
-        each = {folder.resolve().name: folds_of(read_adapter(folder)) for folder in job.folders}
+        each = {name: folds_of(read_adapter(folder)) for name, folder in zip(job.names, job.folders, strict=True)}
         apart = distances(model, job.source, names, folds=folds, others=each, base=job.trained, rows=job.rows)
         facts |= {"combined": _mixture(job, mixture), "from_each": {name: asdict(one) for name, one in apart.items()}}
     quantized = quantized_names(model) if job.trained.quantize != "none" else frozenset()
@@ -161,7 +172,7 @@ def _adapter(job: MergeJob, mixture: Mixture) -> SavedAdapter:
 
 
 def _mixture(job: MergeJob, mixture: Mixture) -> dict[str, Any]:
-    weights = {folder.resolve().name: weight for folder, weight in zip(job.folders, mixture.weights, strict=True)}
+    weights = dict(zip(job.names, mixture.weights, strict=True))
     random = (
         {"density": mixture.density, "seed": mixture.seed}
         if "dare" in mixture.method or "ties" in mixture.method
@@ -267,7 +278,7 @@ def _identity(job: MergeJob) -> dict[str, Any]:
     if (first / MANIFEST).exists():
         base = read_manifest(first).base.model_dump(mode="json")
     return {
-        "adapter": " + ".join(folder.resolve().name for folder in job.folders),
+        "adapter": " + ".join(job.names),
         "adapter_sha256": file_record(first / WEIGHTS).sha256,
         "base": base,
     }

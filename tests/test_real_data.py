@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import warm
+from seldom import often
 
 from lora_tune.adapter.folder import read_manifest, read_part
 from lora_tune.cli import main
@@ -33,15 +33,7 @@ REAL: dict[str, tuple[str, str, tuple[str, ...], str, int]] = {
 }
 
 
-SELDOM = (
-    pytest.mark.nightly,
-    pytest.mark.skipif("LORA_TUNE_ENGINES_REQUIRED" not in os.environ, reason="half a minute: make nightly"),
-)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=SELDOM if name in ("gsm8k", "multi-turn") else ()) for name in REAL]
-)
+@pytest.mark.parametrize("name", often(list(REAL), kept=("alpaca", "tool calls")))
 def test_real_rows_become_an_adapter(
     name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

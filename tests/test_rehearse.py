@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from seldom import SELDOM
 
 from lora_tune import rehearse
 from lora_tune.adapter.folder import WEIGHTS
@@ -50,6 +51,8 @@ def rehearsed(capsys: Printed, *arguments: str) -> tuple[int, dict[str, Any]]:
     return code, json.loads(capsys.readouterr().out)
 
 
+@SELDOM[0]
+@SELDOM[1]
 def test_a_whole_rehearsal(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed) -> None:
     monkeypatch.chdir(tmp_path)
     path = recipe(tmp_path, tiny_base)

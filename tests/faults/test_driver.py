@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from seldom import SELDOM
+
 from tests.faults.cases import NF4, Case, Grid, judge
 from tests.faults.driver import RUN, Attempt, Fault, Result, process, result
 from tests.faults.places import copy_place
 
 
+@SELDOM[0]
+@SELDOM[1]
 def test_a_run_in_a_fork_is_the_run_of_a_process(grid: Grid) -> None:
     """The same adapter, the same file operations, and the kill comes where it was asked for."""
     reference = grid.reference(NF4)

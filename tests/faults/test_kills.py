@@ -7,7 +7,7 @@ import pytest
 from tests.faults import cases
 from tests.faults.cases import NF4, OTHERS, Grid
 
-POINTS = 12  # of a run's three or four hundred operations
+POINTS = 8  # of a run's three or four hundred operations
 
 
 @pytest.mark.parametrize("point", range(POINTS))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from seldom import SELDOM
 
 from lora_tune.adapter.folder import FILES, read_manifest
 from lora_tune.cli import main
@@ -198,6 +199,8 @@ def test_a_second_run_into_the_folder_is_refused(
     assert (journey[0] / "out" / "manifest.json").read_bytes() == before
 
 
+@SELDOM[0]
+@SELDOM[1]
 def test_interrupted_and_resumed_is_the_same_run_bit_for_bit(
     journey: tuple[Path, str], tmp_path: Path, tiny_base: Path
 ) -> None:

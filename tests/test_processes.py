@@ -179,6 +179,8 @@ def test_what_depends_on_time_and_chance_is_decided_by_the_first(workplace: Path
     assert [row["progress"] for row in rows if "loss" in row][-1] == 1 and any("eval" in row for row in rows)
 
 
+@SELDOM[0]
+@SELDOM[1]
 def test_our_own_launcher_tells_of_a_killed_process_once(workplace: Path) -> None:
     arguments = ["recipe.yaml", "output=launched", "hardware.processes=2", "train.epochs=2000", "--no-preflight"]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

@@ -4,9 +4,9 @@
 
 Each tool is a process of its own that waits for its turn: they take one step after the other, so that a busy machine
 disturbs all alike, and the median of a tool's steps counts. On a CPU the figure is tokens per second of processor time
-on one thread. `raw` is a bare PEFT loop in bfloat16, adapters too. Peers run in environments of their own, which
-`benchmarks/peers/README.md` says how to make; one whose Python is not named is left out with a line. Losses of all
-tools are printed: the same base and rows must give curves that agree.
+on one thread. `raw` is a bare PEFT loop in bfloat16, adapters too; `trl` is SFTTrainer as it is. Losses of all tools
+are printed: the same base and rows must give curves that agree. Peers that need an environment of their own are not
+here yet.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "8b": {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 8},
 }  # fmt: skip
-PEERS = {"unsloth": "LORA_TUNE_UNSLOTH_PYTHON", "llamafactory": "LORA_TUNE_LLAMAFACTORY_PYTHON"}
+TOOLS = ("raw", "trl")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
@@ -68,23 +68,20 @@ class Side:
     """One tool in its process, paused between its steps."""
 
     def __init__(self, name: str, folder: Path, *, method: str, steps: int) -> None:
-        python, script = sys.executable, ["-m", "benchmarks.peers.here", name]
-        if name in PEERS:
-            python, script = os.environ[PEERS[name]], [str(ROOT / "benchmarks" / "peers" / f"{name}_side.py")]
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT),
         }  # fmt: skip
-        self.name, self.steps = name, []
+        self.name = name
+        self.steps: list[dict[str, float]] = []
         self.began = time.monotonic()
         self._log = (folder / f"{name}.log").open("w")
         self.process = subprocess.Popen(
-            [python, *script, "--folder", str(folder), "--method", method, "--steps", str(steps)],
+            [sys.executable, "-m", "benchmarks.peers.here", name, "--folder", str(folder), "--method", method,
+             "--steps", str(steps)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment, cwd=ROOT,
         )  # fmt: skip
         self.first_step_s = 0.0
-
-    steps: list[dict[str, float]]
 
     def step(self) -> None:
         """Let it take one step; what it says of it is kept."""
@@ -147,7 +144,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Libraries of this environment; a peer's stand in its own."""
+    """Libraries of this environment."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -168,9 +165,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     names = ["lora_tune", "lora_tune, PEFT's path", *given.against.split(",")]
-    for name in [name for name in names if name in PEERS and not os.environ.get(PEERS[name])]:
-        print(f"{name} is left out: {PEERS[name]} names no Python that has it (benchmarks/peers/README.md)")
-        names.remove(name)
+    if unknown := [name for name in given.against.split(",") if name not in TOOLS]:
+        parser.error(f"--against knows {', '.join(TOOLS)}, got {', '.join(unknown)}")
     rows = measure(names, shape=given.shape, method=given.method, rounds=given.rounds)
     slowest = next((row["tokens_per_cpu_s"] for row in rows if row["tool"] == "raw"), rows[0]["tokens_per_cpu_s"])
     for row in rows:

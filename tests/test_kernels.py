@@ -14,9 +14,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_tune.model.base import load_base
-from lora_tune.model.kernels.fuse import Fused, fuse
+from lora_tune.model.kernels.choice import Activation
+from lora_tune.model.kernels.fuse import ACTIVATIONS, Fused, fuse
 from lora_tune.model.kernels.projections import Frozen, GatedMlp, Projections
 from lora_tune.model.kernels.rms_norm import RmsNorm
+from lora_tune.model.kernels.rotary import Rotate
 from lora_tune.model.source import find_base
 from lora_tune.recipe import Base
 
@@ -24,16 +26,19 @@ SMALL = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-# family: what is found in two layers (qkv, mlp, single layers, norms)
-FAMILIES: dict[str, tuple[int, int, int, int]] = {
-    "llama": (2, 2, 2, 5),
-    "mistral": (2, 2, 2, 5),
-    "qwen2": (2, 2, 2, 5),  # biases on q, k, v
-    "qwen3": (2, 2, 2, 9),  # norms of queries and keys
-    "gemma2": (2, 0, 8, 9),  # GeGLU; weights of norms are 1 + w
-    "phi3": (0, 0, 8, 5),  # fused qkv and gate_up
-    "olmo2": (2, 2, 2, 9),  # norms behind attention and MLP
-    "starcoder2": (2, 0, 6, 0),  # LayerNorm, an MLP without a gate
+# family: what is found in two layers (qkv, mlp, single layers, norms, rotations)
+FAMILIES: dict[str, tuple[int, int, int, int, int]] = {
+    "llama": (2, 2, 2, 5, 2),
+    "mistral": (2, 2, 2, 5, 2),
+    "qwen2": (2, 2, 2, 5, 2),  # biases on q, k, v
+    "qwen3": (2, 2, 2, 9, 2),  # norms of queries and keys
+    "gemma": (2, 2, 2, 5, 2),  # GeGLU; weights of norms are 1 + w
+    "gemma2": (2, 2, 2, 9, 2),  # and norms behind attention and MLP, soft-capped logits
+    "phi3": (0, 2, 4, 5, 2),  # q, k and v of one layer, gate and up of another
+    "glm4": (2, 2, 2, 9, 0),  # gate and up of one layer; pairs of neighbours are rotated
+    "olmo2": (2, 2, 2, 9, 2),  # norms behind attention and MLP
+    "starcoder2": (2, 0, 6, 0, 2),  # LayerNorm, an MLP without a gate
+    "gpt_neox": (0, 0, 8, 0, 2),  # a quarter of each head is rotated
 }
 
 
@@ -83,7 +88,7 @@ def test_loss_and_gradients_are_pefts(family: str) -> None:
     model = adapted(family)
     own = step(model)
     fused = fuse(model)
-    assert (fused.qkv, fused.mlp, fused.linear, fused.norms) == FAMILIES[family] and not fused.left
+    assert (fused.qkv, fused.mlp, fused.linear, fused.norms, fused.rotations) == FAMILIES[family] and not fused.left
     loss, gradients = step(model)
     assert loss == pytest.approx(own[0], rel=1e-5) and distance(gradients, own[1]) < 1e-5
     fused.undo()
@@ -142,12 +147,16 @@ def test_projections_of_any_shape(
         torch.testing.assert_close(zero if other is None else other, zero if one is None else one)
 
 
-@settings(max_examples=30)
-@given(t=SIZES, h=SIZES, inner=SIZES, rank=st.integers(1, 9), seed=st.integers(0, 99))
-def test_a_gated_mlp_of_any_shape(t: int, h: int, inner: int, rank: int, seed: int) -> None:
+@settings(max_examples=40)
+@given(t=SIZES, h=SIZES, inner=SIZES, rank=st.integers(1, 9), seed=st.integers(0, 99),
+       activation=st.sampled_from(ACTIVATIONS), joined=st.booleans())  # fmt: skip
+def test_a_gated_mlp_of_any_shape(
+    t: int, h: int, inner: int, rank: int, seed: int, activation: Activation, joined: bool
+) -> None:
+    """SwiGLU and GeGLU; gate and up from two layers, or the halves of what one gives."""
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(t, h, generator=draw, dtype=torch.float64, requires_grad=True)
-    shapes = ((inner, h), (inner, h), (h, inner))
+    shapes = [(2 * inner, h), (h, inner)] if joined else [(inner, h), (inner, h), (h, inner)]
     weights = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
     factors = []
     for out, into in shapes:
@@ -158,8 +167,10 @@ def test_a_gated_mlp_of_any_shape(t: int, h: int, inner: int, rank: int, seed: i
     def linear(number: int, value: torch.Tensor) -> torch.Tensor:
         return value @ weights[number].T + 0.5 * (value @ factors[2 * number].T) @ factors[2 * number + 1].T
 
-    expected = linear(2, nn.functional.silu(linear(0, x)) * linear(1, x))
-    found = GatedMlp.apply(x, parts, torch.float64, *factors)
+    gate, up = linear(0, x).chunk(2, dim=-1) if joined else (linear(0, x), linear(1, x))
+    act = nn.functional.silu(gate) if activation == "silu" else nn.functional.gelu(gate, approximate="tanh")
+    expected = linear(len(parts) - 1, act * up)
+    found = GatedMlp.apply(x, parts, torch.float64, activation, *factors)
     torch.testing.assert_close(found, expected)
     both = [torch.autograd.grad(output.cos().sum(), [x, *factors]) for output in (expected, found)]
     for one, other in zip(*both, strict=True):
@@ -167,13 +178,36 @@ def test_a_gated_mlp_of_any_shape(t: int, h: int, inner: int, rank: int, seed: i
 
 
 @settings(max_examples=30)
-@given(t=SIZES, h=SIZES, seed=st.integers(0, 99))
-def test_a_norm_of_any_shape(t: int, h: int, seed: int) -> None:
+@given(batch=st.integers(1, 3), heads=st.integers(1, 5), t=st.integers(1, 17), half=st.integers(1, 9),
+       beyond=st.integers(0, 5), angles=st.sampled_from(["one row", "each row"]), seed=st.integers(0, 99))  # fmt: skip
+def test_a_rotation_of_any_shape(
+    batch: int, heads: int, t: int, half: int, beyond: int, angles: str, seed: int
+) -> None:
+    """Of a transposed view, and of part of a head."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, t, heads, 2 * half + beyond, generator=draw, dtype=torch.float64, requires_grad=True)
+    angle = torch.randn(1 if angles == "one row" else batch, t, 2 * half, generator=draw, dtype=torch.float64)
+    cos, sin = angle.cos(), angle.sin()
+    heads_first = x.transpose(1, 2)
+    first, second, rest = heads_first.split([half, half, beyond], dim=-1)
+    turned = torch.cat([first, second], -1) * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    expected = torch.cat([turned, rest], dim=-1)
+    before = x.detach().clone()
+    found = Rotate.apply(heads_first, cos, sin)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(x.detach(), before)
+    both = [torch.autograd.grad(output.cos().sum(), x)[0] for output in (expected, found)]
+    torch.testing.assert_close(both[1], both[0])
+
+
+@settings(max_examples=30)
+@given(t=SIZES, h=SIZES, offset=st.sampled_from([0.0, 1.0]), seed=st.integers(0, 99))
+def test_a_norm_of_any_shape(t: int, h: int, offset: float, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(2, t, h, generator=draw, requires_grad=True)
     weight = torch.randn(h, generator=draw)
-    expected = weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5))
-    found = RmsNorm.apply(x, weight, 1e-5)
+    expected = (offset + weight) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5))
+    found = RmsNorm.apply(x, weight, 1e-5, offset)
     torch.testing.assert_close(found, expected)
     both = [torch.autograd.grad(output.cos().sum(), x)[0] for output in (expected, found)]
     torch.testing.assert_close(both[1], both[0], rtol=1e-4, atol=1e-5)

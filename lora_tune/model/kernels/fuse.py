@@ -16,11 +16,14 @@ import torch
 from torch import nn
 
 from lora_tune.model.base import weight_reader
+from lora_tune.model.kernels.choice import Activation, gated
 from lora_tune.model.kernels.projections import Frozen, GatedMlp, Projections
 from lora_tune.model.kernels.rms_norm import RmsNorm
+from lora_tune.model.kernels.rotary import rotating
 
 QKV = ("q_proj", "k_proj", "v_proj")
-MLP = ("gate_proj", "up_proj", "down_proj")
+MLPS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))  # the last one of each has the output
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
 _SAME = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of what a structure computes, relative
 
 
@@ -32,6 +35,7 @@ class Fused:
     mlp: int = 0
     linear: int = 0
     norms: int = 0
+    rotations: int = 0
     left: Counter[str] = field(default_factory=Counter)
     restore: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
@@ -48,14 +52,16 @@ def fuse(model: nn.Module) -> Fused:
     """
     fused = Fused()
     taken: set[int] = set()
+    known: dict[Any, Activation | None] = {}
     for parent in model.modules():
         children = dict(parent.named_children())
         if _all_plain(children, QKV):
             _fuse_qkv([children[name] for name in QKV], fused)
             taken |= {id(children[name]) for name in QKV}
-        if _all_plain(children, MLP) and _is_swiglu(parent, children):
-            _fuse_mlp(parent, [children[name] for name in MLP], fused)
-            taken |= {id(children[name]) for name in MLP}
+        layers, activation = _gated_mlp(parent, children, known)
+        if activation:
+            _fuse_mlp(parent, layers, activation, fused)
+            taken |= {id(layer) for layer in layers}
     for _, layer in _adapted(model):
         if id(layer) in taken:
             continue
@@ -65,6 +71,9 @@ def fuse(model: nn.Module) -> Fused:
         else:
             _fuse_linear(layer, fused)
     _fuse_norms(model, fused)
+    for module, forward in rotating(model):
+        _replace(module, forward, fused)
+        fused.rotations += 1
     return fused
 
 
@@ -202,31 +211,54 @@ def _fuse_qkv(layers: list[Any], fused: Fused) -> None:
     fused.qkv += 1
 
 
-def _fuse_mlp(parent: Any, layers: list[Any], fused: Fused) -> None:
+def _fuse_mlp(parent: Any, layers: list[Any], activation: Activation, fused: Fused) -> None:
     own, parts = parent.forward, [_plain(layer) for layer in layers]
+    frozen = [part.frozen for part in parts]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if not _now(parts):
             return own(x)  # type: ignore[no-any-return]
         factors = [matrix for part in parts for matrix in part.factors]
-        return GatedMlp.apply(x, [part.frozen for part in parts], _dtype(x), *factors)
+        return GatedMlp.apply(x, frozen, _dtype(x), activation, *factors)
 
     _replace(parent, forward, fused)
     fused.mlp += 1
 
 
-def _is_swiglu(parent: nn.Module, children: dict[str, nn.Module]) -> bool:
-    """The parent computes down(silu(gate(x)) · up(x)): asked with numbers, as names do not tell it."""
-    layers = [children[name] for name in MLP]
+def _gated_mlp(
+    parent: nn.Module, children: dict[str, nn.Module], known: dict[Any, Activation | None]
+) -> tuple[list[Any], Activation | None]:
+    """The layers and the activation of a parent that computes down(activation(gate(x)) · up(x)); None for another.
+
+    Asked with numbers, as names do not tell it, once for all parents that are made alike.
+    """
+    for names in MLPS:
+        if not _all_plain(children, names):
+            continue
+        layers = [children[name] for name in names]
+        rest = tuple(f"{name} {child}" for name, child in children.items() if name not in names)
+        own = tuple(f"{name} {value!r}" for name, value in vars(parent).items() if name[0] != "_")
+        kind = (type(parent), names, type(layers[0].base_layer), rest, own)
+        if kind not in known:
+            known[kind] = _activation_of(parent, layers)
+        return layers, known[kind]
+    return [], None
+
+
+@torch.no_grad()
+def _activation_of(parent: nn.Module, layers: list[Any]) -> Activation | None:
     x = _probe_input(layers[0])
-    with torch.no_grad():
-        gate, up, down = layers
-        expected = down(nn.functional.silu(gate(x)) * up(x))
-        try:
-            found = parent(x)
-        except (TypeError, RuntimeError):
-            return False
-    return isinstance(found, torch.Tensor) and _same(found, expected)
+    try:
+        found = parent(x)
+    except (TypeError, RuntimeError):
+        return None
+    made = [layer(x) for layer in layers[:-1]]
+    gate, up = made if len(made) == 2 else made[0].chunk(2, dim=-1)
+    for activation in ACTIVATIONS:
+        expected = layers[-1](gated(gate, up, activation=activation))
+        if isinstance(found, torch.Tensor) and _same(found, expected):
+            return activation
+    return None
 
 
 def _probe_input(layer: Any) -> torch.Tensor:
@@ -275,8 +307,7 @@ def _fuse_norm(module: Any, epsilon: float, offset: float, fused: Fused) -> None
     def forward(x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled() or x.dtype != module.weight.dtype or not x.requires_grad:
             return own(x)  # type: ignore[no-any-return]
-        weight = module.weight if not offset else module.weight.float().add(offset).to(x.dtype)
-        return RmsNorm.apply(x, weight, epsilon)
+        return RmsNorm.apply(x, module.weight, epsilon, offset)
 
     _replace(module, forward, fused)
     fused.norms += 1

@@ -1,4 +1,4 @@
-"""Several LoRA projections of one input as one autograd function, and a gated MLP with SwiGLU as another.
+"""Several LoRA projections of one input as one autograd function, and a gated MLP (SwiGLU, GeGLU) as another.
 
 With X (T tokens, h), a frozen W (out, h), A (r, h), B (out, r) and s = alpha/r a projection is Y = X Wᵀ + s (X Aᵀ) Bᵀ.
 Its backward pass, for dY: dB = s dYᵀ (X Aᵀ), dA = s (dY B)ᵀ X, dX = dY W + s (dY B) A. Saved are X, once for all
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+
+from lora_tune.model.kernels.choice import Activation, gated, gated_backward
 
 Weight = Callable[[torch.dtype], torch.Tensor]  # dtype -> the frozen matrix (out, in) in it
 
@@ -52,56 +54,75 @@ class Projections(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         """Gradients of x and of the factors."""
         x_TH, inner_TR, *factors = ctx.saved_tensors
-        dx_TH, d_factors = _backward(x_TH, inner_TR, factors, ctx.frozen, gradients, needs=ctx.needs_input_grad)
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        dx_TH, d_factors = _backward(x_TH, inner_TR, factors, ctx.frozen, gradients, needs=needs)
         dx = None if dx_TH is None else dx_TH.view(ctx.shape).to(ctx.x_dtype)
         return (dx, None, None, *d_factors)
 
 
 class GatedMlp(torch.autograd.Function):
-    """`GatedMlp.apply(x, (gate, up, down), dtype, Ag, Bg, Au, Bu, Ad, Bd)`: down(silu(gate(x)) · up(x)).
+    """`GatedMlp.apply(x, frozen, dtype, activation, *factors)`: down(activation(gate(x)) · up(x)).
 
-    x has the shape (…, h), so has the output. Saved are x, gate(x) and up(x); silu and the product (T, I) are computed
-    again in the backward pass.
+    `frozen` is (gate, up, down), or (gate and up below each other, down), and `factors` are A and B of each. x has the
+    shape (…, h), so has the output. Saved are x, gate(x) and up(x); their gated product (T, I) is computed again in the
+    backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, frozen: Sequence[Frozen], dtype: torch.dtype, *factors: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        frozen: Sequence[Frozen],
+        dtype: torch.dtype,
+        activation: Activation,
+        *factors: torch.Tensor,
+    ) -> Any:
         """The output, in `dtype`."""
+        first, (a_down, b_down) = factors[:-2], factors[-2:]
         with torch.autocast(x.device.type, enabled=False):
             x_TH = x.reshape(-1, x.shape[-1]).to(dtype)
-            inner_TR = x_TH @ _stacked(factors[0:4:2], dtype).T
-            parts = inner_TR.split([a.shape[0] for a in factors[0:4:2]], dim=1)
-            gate_TI, up_TI = (
+            inner_TR = x_TH @ _stacked(first[0::2], dtype).T
+            parts = inner_TR.split([a.shape[0] for a in first[0::2]], dim=1)
+            made = [
                 _plus(part, x_TH, inner, b.to(dtype))
-                for part, inner, b in zip(frozen[:2], parts, factors[1:4:2], strict=True)
-            )
-            h_TI = functional.silu(gate_TI).mul_(up_TI)
-            inner_down_TR = h_TI @ factors[4].to(dtype).T
-            y_TH = _plus(frozen[2], h_TI, inner_down_TR, factors[5].to(dtype))
-        ctx.save_for_backward(x_TH, inner_TR, gate_TI, up_TI, inner_down_TR, *factors)
-        ctx.frozen, ctx.shape, ctx.x_dtype = frozen, x.shape, x.dtype
+                for part, inner, b in zip(frozen[:-1], parts, first[1::2], strict=True)
+            ]
+            h_TI = gated(*_gate_and_up(made), activation=activation)
+            inner_down_TR = h_TI @ a_down.to(dtype).T
+            y_TH = _plus(frozen[-1], h_TI, inner_down_TR, b_down.to(dtype))
+        ctx.save_for_backward(x_TH, inner_TR, inner_down_TR, *made, *factors)
+        ctx.frozen, ctx.activation, ctx.shape, ctx.x_dtype = frozen, activation, x.shape, x.dtype
         return y_TH.view(*x.shape[:-1], y_TH.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """Gradients of x and of the six factors."""
-        x_TH, inner_TR, gate_TI, up_TI, inner_down_TR, *factors = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        silu_TI = functional.silu(gate_TI)
-        h_TI = silu_TI * up_TI
+        """Gradients of x and of the factors."""
+        x_TH, inner_TR, inner_down_TR, *rest = ctx.saved_tensors
+        made, factors = rest[: len(ctx.frozen) - 1], rest[len(ctx.frozen) - 1 :]
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        gate_TI, up_TI = _gate_and_up(made)
+        h_TI = gated(gate_TI, up_TI, activation=ctx.activation)
         dh_TI, d_down = _backward(
-            h_TI, inner_down_TR, factors[4:], ctx.frozen[2:], (gradient,), needs=(True, False, False, *needs[7:])
+            h_TI, inner_down_TR, factors[-2:], ctx.frozen[-1:], (gradient,), needs=(True, *needs[-2:])
         )
         del h_TI
         if dh_TI is None:
             raise RuntimeError("the gradient of the product was asked for")
-        d_up_TI = silu_TI.mul_(dh_TI)
-        d_gate_TI = torch.ops.aten.silu_backward(dh_TI.mul_(up_TI), gate_TI)
-        dx_TH, d_first = _backward(
-            x_TH, inner_TR, factors[:4], ctx.frozen[:2], (d_gate_TI, d_up_TI), needs=(*needs[:3], *needs[3:7])
-        )
+        d_made = gated_backward(dh_TI, gate_TI, up_TI, activation=ctx.activation)
+        if len(made) == 1:
+            d_made = (torch.cat(d_made, dim=1),)
+        del dh_TI
+        dx_TH, d_first = _backward(x_TH, inner_TR, factors[:-2], ctx.frozen[:-1], d_made, needs=(needs_x, *needs[:-2]))
         dx = None if dx_TH is None else dx_TH.view(ctx.shape).to(ctx.x_dtype)
-        return (dx, None, None, *d_first, *d_down)
+        return (dx, None, None, None, *d_first, *d_down)
+
+
+def _gate_and_up(made: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two outputs (T, I), or the halves of one (T, 2I)."""
+    if len(made) == 1:
+        gate_TI, up_TI = made[0].chunk(2, dim=1)
+        return gate_TI, up_TI
+    return made[0], made[1]
 
 
 def _stacked(matrices: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -124,7 +145,7 @@ def _backward(
     *,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """dX (T, h) or None, and dA, dB of every projection; `needs` as autograd's: x, two others, then the factors."""
+    """dX (T, h) or None, and dA, dB of every projection; `needs` says which of x and the factors need one."""
     dtype, ranks = x_TH.dtype, [a.shape[0] for a in factors[0::2]]
     d_inner_TR = torch.zeros_like(inner_TR) if any(found is None for found in gradients) else torch.empty_like(inner_TR)
     d_factors: list[torch.Tensor | None] = [None] * len(factors)
@@ -136,16 +157,16 @@ def _backward(
         dy_TO = gradient.reshape(-1, gradient.shape[-1]).to(dtype)
         b = factors[2 * number + 1]
         torch.mul(dy_TO @ b.to(dtype), part.scale, out=d_parts[number])
-        if needs[3 + 2 * number + 1]:
+        if needs[2 + 2 * number]:
             d_factors[2 * number + 1] = (dy_TO.T @ parts[number]).to(b.dtype).mul_(part.scale)
         if needs[0]:
             weight = part.weight(dtype)
             dx_TH = dy_TO @ weight if dx_TH is None else dx_TH.addmm_(dy_TO, weight)
             del weight
-    if any(needs[3::2]):
+    if any(needs[1::2]):
         d_a = (d_inner_TR.T @ x_TH).split(ranks)
         for number, found in enumerate(d_a):
-            if needs[3 + 2 * number]:
+            if needs[1 + 2 * number]:
                 d_factors[2 * number] = found.to(factors[2 * number].dtype)
     if dx_TH is not None:
         dx_TH.addmm_(d_inner_TR, _stacked(factors[0::2], dtype))

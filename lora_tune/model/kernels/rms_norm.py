@@ -6,27 +6,25 @@ from typing import Any
 
 import torch
 
+from lora_tune.model.kernels.choice import rms_norm, rms_norm_backward
+
 
 class RmsNorm(torch.autograd.Function):
-    """`RmsNorm.apply(x, weight, epsilon)`: weight · x / sqrt(mean(x²) + epsilon), over the last axis.
+    """`RmsNorm.apply(x, weight, epsilon, offset)`: (offset + weight) · x / sqrt(mean(x²) + epsilon) of the last axis.
 
     Mean and quotient are computed in float32, whatever the dtype of x. The weight gets no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> torch.Tensor:
         """The normalized input, in the dtype of x."""
-        size = x.shape[-1]
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(size).add_(epsilon).rsqrt_()
+        found, scale = rms_norm(x, weight, epsilon, offset=offset)
         ctx.save_for_backward(x, weight, scale)
-        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+        ctx.offset = offset
+        return found
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        """dX = scale · (w·dY) − x · scale³ · mean(x · w·dY)."""
+        """The gradient of x."""
         x, weight, scale = ctx.saved_tensors
-        weighted = gradient * weight
-        mean = torch.mul(weighted, x).sum(dim=-1, keepdim=True, dtype=torch.float32).div_(x.shape[-1])
-        dx = torch.mul(weighted, scale, out=weighted)
-        return dx.addcmul_(x, mean.mul_(scale.pow(3)).to(x.dtype), value=-1), None, None
+        return rms_norm_backward(gradient, x, weight, scale, offset=ctx.offset), None, None, None

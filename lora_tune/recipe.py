@@ -58,8 +58,8 @@ class Base(Section):
     """Quantize the 4-bit scales as well (0.37 bit less per parameter)."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of activations; auto: bfloat16 where supported, else float16 with loss scaling and float32 adapters."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation of transformers; auto: what it takes for the model, sdpa for most."""
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """varlen: packed rows train document by document, without a mask; auto: that on a GPU in 16 bit, else sdpa."""
     chat_template: Text | None = None
     """A Jinja file instead of the base's own chat template."""
 

@@ -192,6 +192,7 @@ def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remot
     """The base on its device with a trainable adapter, its layers checkpointed as the recipe says."""
     with activity(f"loading {source.name} ({recipe.base.quantize})"):
         from lora_tune.adapter.load import read_adapter
+        from lora_tune.model.attention import use_varlen
         from lora_tune.model.base import checkpoint_layers, load_base
         from lora_tune.model.methods import attach
         from lora_tune.training.batches import first_batches
@@ -205,6 +206,8 @@ def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remot
         )
         layers = recipe.train.gradient_checkpointing
         checkpoint_layers(model, "none" if layers == "auto" else layers)
+        if why := use_varlen(model, recipe.base):
+            messages().print(f"base.attention: the model keeps its own, as {why}")
     return model
 
 

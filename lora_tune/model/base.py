@@ -86,7 +86,7 @@ def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool, divided: 
         "trust_remote_code": trusted,
         "output_loading_info": True,
     }
-    if base.attention != "auto":  # else transformers takes sdpa where the model has it (Gemma 2 has eager alone)
+    if base.attention not in ("auto", "varlen"):  # transformers takes sdpa where the model has it (Gemma 2: eager)
         settings["attn_implementation"] = base.attention
     if base.quantize != "none" and stored_bits(source.config) is None:  # None here would undo what is stored quantized
         settings["quantization_config"] = _quantization(base, divided=divided)

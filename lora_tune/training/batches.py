@@ -1,7 +1,8 @@
 """Batches: the order of the rows, and the shape in which documents go through the model.
 
-The collator of TRL puts a micro-batch into one long row, and attention without a varlen kernel then costs the square
-of that row. `FoldedCollator` folds the same documents into several short rows: fewer masked-out products, same loss.
+The collator of TRL puts a micro-batch into one long row. Attention that is told where documents begin
+(`model/attention.py`) takes it so: `FlatCollator`. With a mask it would cost the square of that row: `FoldedCollator`
+folds the same documents into several short rows, with fewer masked-out products and the same loss.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Sampler
+
+from lora_tune.model import attention
 
 IGNORED = -100  # label of a token that is not trained
 _LARGEST_WASTE = 0.25  # share of padding above which the micro-batch stays one row
@@ -130,6 +134,52 @@ def first_batches(
         ids_T = torch.tensor(row["input_ids"])
         batches.append({"input_ids": ids_T[None].to(device), "position_ids": positions_T[None].to(device)})
     return batches
+
+
+def collator_for(model: Any, flat: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """The shape of batches that this model's attention computes fastest; `flat` is TRL's padding-free collator."""
+    config = model.config.get_text_config()
+    if attention.is_used(model):
+        return FlatCollator(flat, flat.pad_token_id)
+    if config._attn_implementation in ("sdpa", "eager"):
+        return FoldedCollator(flat, flat.pad_token_id, config.hidden_size)
+    return flat  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class FlatCollator:
+    """TRL's padding-free batch `(1, T)` with the bounds of its documents, for attention that reads them.
+
+    With `tokens` every batch has that many, and equally many bounds in every batch up to a power of two, so that what
+    was compiled for one batch fits the next: a document of padding, never trained, stands at the end.
+    """
+
+    flat: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    pad_id: int
+    tokens: int | None = None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """`input_ids`, `labels`, `position_ids` (1, T); `cu_seq_lens_q` and `_k` (documents + 1,); longest document."""
+        flat = self.flat(rows)
+        ids_BT, bounds_D = flat["input_ids"], flat["cu_seq_lens_q"]
+        labels_BT, positions_BT, longest = flat["labels"], flat["position_ids"], int(flat["max_length_q"])
+        if self.tokens is not None and ids_BT.shape[1] <= self.tokens:
+            more = self.tokens - ids_BT.shape[1]
+            ids_BT = nn.functional.pad(ids_BT, (0, more), value=self.pad_id)
+            labels_BT = nn.functional.pad(labels_BT, (0, more), value=IGNORED)
+            positions_BT = torch.cat([positions_BT, torch.arange(more)[None].to(positions_BT)], 1)
+            count = 1 << len(bounds_D).bit_length()  # room for the padding's bound, at least
+            bounds_D = nn.functional.pad(bounds_D, (0, count - len(bounds_D)), value=self.tokens)
+            longest = self.tokens  # a bound for all batches: as an exact number it would be compiled for anew
+        return {
+            "input_ids": ids_BT,
+            "labels": labels_BT,
+            "position_ids": positions_BT,
+            "cu_seq_lens_q": bounds_D,
+            "cu_seq_lens_k": bounds_D,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,328 @@
+"""Attention over packed documents without a mask: it is told where they begin.
+
+    tokens      a a a a b b c c c        one row, positions restart at every document
+    bounds      0       4   6     9      `cu_seq_lens_q` of the batch
+
+With a mask, attention costs the square of a row, and keys and values are repeated for grouped queries. Here each
+document costs its own square. On a GPU in 16 bit `torch.nn.attention.varlen` computes all of them at once (from
+PyTorch 2.11 on; flash-attn is not needed); elsewhere one call of SDPA does each document.
+
+A forward pass that says nothing of bounds (an evaluation, an answer) goes through SDPA and its mask as ever. One that
+does gets an empty mask of four dimensions, which transformers hands on as it is: a layer that is not told the bounds
+fails at it instead of letting documents see each other, and no mask is looked for on the host.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_tune.recipe import Base
+
+NAME = "varlen"
+BOUNDS = "cu_seq_lens_q"
+_LARGEST_HEAD = 256  # of the kernel, which takes multiples of 8
+_SAME = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}  # of a few tokens' logits, relative
+_MISFITS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)  # what a strange model raises
+_UNKNOWN = ("softcap", "s_aux", "position_bias")  # what layers may ask for and neither way here computes
+
+
+def use_varlen(model: Any, base: Base) -> str:
+    """Let training tell attention the bounds of packed documents, where `base.attention` and the model allow it.
+
+    `auto` takes it where the kernel runs, `varlen` everywhere. `model` may be a PEFT model. A few tokens go through
+    both ways first; a model that gives other numbers keeps its own attention. Nothing but the name of its attention
+    changes (`is_used`).
+
+    Returns:
+        Why it was asked for and is not used, in a few words; else nothing.
+    """
+    if base.attention not in ("auto", NAME):
+        return ""
+    config = model.config.get_text_config()
+    if base.attention == "auto" and not _kernel_takes(_embedding(model), _head_size(config)):
+        return ""
+    reason = _not_for(config) or _differs(model, config)
+    if reason:
+        return reason
+    _tell_decoder(model)
+    config._attn_implementation = NAME
+    return ""
+
+
+def is_used(model: Any) -> bool:
+    """Whether the training batches of this model should say the bounds of their documents."""
+    return bool(model.config.get_text_config()._attn_implementation == NAME)
+
+
+def _not_for(config: Any) -> str:
+    """What of a model's configuration neither the kernel nor SDPA by document computes."""
+    if config._attn_implementation != "sdpa":
+        return f"transformers computes attention of this model by {config._attn_implementation}"
+    if others := sorted(set(_kinds(config)) - {"full_attention", "sliding_attention"}):
+        return f"the model has layers of {others[0]}"
+    if getattr(config, "attention_dropout", 0):
+        return "the model has dropout in its attention"
+    return ""
+
+
+def _kinds(config: Any) -> list[str]:
+    """What each layer attends to."""
+    default = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    return list(getattr(config, "layer_types", None) or [default] * config.num_hidden_layers)
+
+
+def _head_size(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _embedding(model: Any) -> torch.Tensor:
+    weight: torch.Tensor = model.get_input_embeddings().weight
+    return weight
+
+
+def _kernel_takes(like: torch.Tensor, head_size: int) -> bool:
+    """Whether the kernel computes heads of this size on the device and in the dtype of `like`."""
+    if like.device.type != "cuda" or _dtype(like) not in (torch.bfloat16, torch.float16) or _kernel() is None:
+        return False
+    fits = head_size % 8 == 0 and head_size <= _LARGEST_HEAD
+    return fits and torch.cuda.get_device_capability(like.device) >= (8, 0)
+
+
+@cache
+def _kernel() -> tuple[Callable[..., torch.Tensor], frozenset[str]] | None:
+    """`varlen_attn` and the names of its arguments, where this PyTorch has it with windows (from 2.11 on)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = frozenset(inspect.signature(varlen_attn).parameters)
+    return (varlen_attn, names) if "window_size" in names else None
+
+
+def _tell_decoder(model: Any) -> None:
+    """Give every pass of the decoder that says bounds the empty mask."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = getattr(whole, whole.base_model_prefix, whole)
+
+    def before(module: nn.Module, inputs: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        bounds_D = given.get(BOUNDS)
+        if bounds_D is not None and given.get("attention_mask") is None:
+            given["attention_mask"] = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=bounds_D.device)
+        return inputs, given
+
+    decoder.register_forward_pre_hook(before, with_kwargs=True)
+
+
+# -- do a few tokens give the same numbers? ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _differs(model: Any, config: Any) -> str:
+    """Why this model does not train the same with bounds as with a mask, or nothing."""
+    _register()
+    lengths = (5, 3, 6)
+    device = _embedding(model).device
+    positions_BT = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+    ids_BT = (torch.arange(sum(lengths)) * 37 % min(1000, config.vocab_size))[None].to(device)
+    bounds_D = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    batch = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False}
+    empty = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+    told = {BOUNDS: bounds_D, "cu_seq_lens_k": bounds_D, "max_length_q": 6, "max_length_k": 6, "attention_mask": empty}
+    with _in_evaluation(model):
+        expected = model(**batch).logits.float()
+        try:
+            with _named(config), _windows_seen() as windows:
+                found = model(**batch, **told).logits.float()
+        except _MISFITS as error:
+            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    window = getattr(config, "sliding_window", None)
+    if windows != [window if kind == "sliding_attention" else None for kind in _kinds(config)]:
+        return "its layers do not say how far they look"
+    away = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    return "" if away <= _SAME.get(_embedding(model).dtype, 1e-4) else f"a few tokens come out otherwise, by {away:.1%}"
+
+
+@cache
+def _register() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _named(config: Any) -> Iterator[None]:
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def _windows_seen() -> Iterator[list[int | None]]:
+    """The window that every layer asks for, in the order of the calls."""
+    from transformers import AttentionInterface
+
+    seen: list[int | None] = []
+
+    def watch(*inputs: Any, **given: Any) -> Any:
+        seen.append(given.get("sliding_window"))
+        return attend(*inputs, **given)
+
+    AttentionInterface.register(NAME, watch)
+    try:
+        yield seen
+    finally:
+        AttentionInterface.register(NAME, attend)
+
+
+# -- what a layer calls -----------------------------------------------------------------------------------------------
+
+
+def attend(
+    module: nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BHTD: torch.Tensor,
+    value_BHTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **given: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of one layer, (B, T, heads, D); with `cu_seq_lens_q` every document by itself (B is 1).
+
+    Keys and values may have fewer heads than queries. With `sliding_window` W a token sees itself and W - 1 before it.
+
+    Raises:
+        ValueError: the layer was not told the bounds, or asks for what is not computed here.
+    """
+    bounds_D, is_empty = given.get(BOUNDS), attention_mask is not None and not attention_mask.numel()
+    if is_empty and bounds_D is None:
+        raise ValueError("a layer of attention is not told the bounds of packed documents")
+    if bounds_D is None or not (is_empty or attention_mask is None):
+        from transformers import AttentionInterface
+
+        own = AttentionInterface()["sdpa"]
+        return own(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, **given)  # type: ignore[no-any-return]
+    if unknown := [name for name in _UNKNOWN if given.get(name) is not None]:
+        raise ValueError(f"its attention has {unknown[0]}")
+    causal = getattr(module, "is_causal", True) if given.get("is_causal") is None else given["is_causal"]
+    if given.get("dropout") or query_BHTD.shape[0] != 1 or not causal:
+        raise ValueError("its attention is not causal, has dropout, or goes over several rows")
+    scale, window = given.get("scaling"), given.get("sliding_window")
+    if _kernel_takes(query_BHTD, query_BHTD.shape[-1]) and query_BHTD.shape[-1] == value_BHTD.shape[-1]:
+        dtype = _dtype(query_BHTD)
+        parts = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query_BHTD, key_BHTD, value_BHTD)]
+        longest = int(given["max_length_q"])
+        return by_kernel(*parts, bounds_D=bounds_D, longest=longest, scale=scale, window=window)[None], None
+    return by_document(query_BHTD, key_BHTD, value_BHTD, bounds_D=bounds_D, scale=scale, window=window), None
+
+
+def _dtype(like: torch.Tensor) -> torch.dtype:
+    """What attention is computed in: queries may be float32 under autocast, where a norm made them so."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+
+
+def by_document(
+    query_BHTD: torch.Tensor,
+    key_BHTD: torch.Tensor,
+    value_BHTD: torch.Tensor,
+    *,
+    bounds_D: torch.Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """One call of SDPA for each document: any device and dtype; (1, T, heads, D)."""
+    lengths = [length for length in bounds_D.diff().tolist() if length]
+    outputs = []
+    for query, key, value in zip(
+        query_BHTD.split(lengths, 2), key_BHTD.split(lengths, 2), value_BHTD.split(lengths, 2), strict=True
+    ):
+        far = window is not None and query.shape[2] > window
+        outputs.append(
+            nn.functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=_band(query.shape[2], window, query.device) if far else None,
+                is_causal=not far,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """What each token (rows) sees of a document (columns) through a window."""
+    whole = torch.ones(length, length, dtype=torch.bool, device=device)
+    return whole.tril() if window is None else whole.tril().triu(1 - window)
+
+
+def by_kernel(
+    query_THD: torch.Tensor,
+    key_THD: torch.Tensor,
+    value_THD: torch.Tensor,
+    *,
+    bounds_D: torch.Tensor,
+    longest: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """All documents in one launch of `varlen_attn`, (T, heads, D): CUDA, 16 bit. `longest` may be too large."""
+    found = _kernel()
+    if found is None:
+        raise ValueError("this PyTorch has no varlen_attn with windows")
+    kernel, names = found
+    groups, more = query_THD.shape[1] // key_THD.shape[1], {}
+    if groups > 1 and "enable_gqa" in names:
+        more["enable_gqa"] = True
+    elif groups > 1 and not _takes_groups(query_THD.device, query_THD.dtype):
+        key_THD, value_THD = key_THD.repeat_interleave(groups, 1), value_THD.repeat_interleave(groups, 1)
+    left = -1 if window is None else window - 1
+    return kernel(
+        query_THD, key_THD, value_THD, bounds_D, bounds_D, longest, longest, scale=scale, window_size=(left, 0), **more
+    )
+
+
+@cache
+def _takes_groups(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a kernel that does not say so (2.11) takes fewer heads of keys than of queries: asked with numbers."""
+    found = _kernel()
+    if found is None:
+        return False
+    bounds_D = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
+    results = []
+    for repeats in (1, 2):
+        draw = torch.Generator().manual_seed(0)
+        parts = [torch.randn(8, heads, 16, generator=draw).to(device, dtype).requires_grad_() for heads in (4, 2, 2)]
+        query, key, value = parts[0], parts[1].repeat_interleave(repeats, 1), parts[2].repeat_interleave(repeats, 1)
+        try:
+            with torch.enable_grad():
+                out = found[0](query, key, value, bounds_D, bounds_D, 5, 5, window_size=(-1, 0))
+                results.append([out, *torch.autograd.grad(out.float().square().sum(), parts)])
+        except (RuntimeError, ValueError):
+            return False
+    return all(
+        bool((one.float() - two.float()).norm() <= 3e-2 * two.float().norm()) for one, two in zip(*results, strict=True)
+    )

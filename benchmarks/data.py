@@ -1,6 +1,6 @@
 """How fast data becomes packed rows, here and through TRL's own path, in one run on the same rows.
 
-    python benchmarks/data.py --tokenizer FOLDER --data FILE [--rows 10000] [--check-rows 50000] [--json]
+    python -m benchmarks.data --tokenizer FOLDER --data FILE [--rows 10000] [--check-rows 50000] [--json] [--write]
 
 `--data` is a file of alpaca rows, resampled to `--rows` (each with its number, so that no two are equal);
 `--tokenizer` a folder with a tokenizer of the Qwen2.5 family. Both sides use TRL's copy of the Qwen2.5 template,
@@ -11,7 +11,7 @@ which it can train on. Measured are
     trl     load_dataset, the rows as messages, SFTTrainer's preparation (assistant_only_loss, bfd packing), cache off,
             less the time that the same trainer takes for 8 rows
 
-each in a process of its own, on `--threads` threads.
+each in a process of its own, on `--threads` threads, in `--rounds` rounds of turns; medians count.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import RESULTS, machine, versions
+
 MAX_LENGTH = 2048
+LIBRARIES = ("trl", "datasets", "transformers", "tokenizers", "pyarrow")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def resampled(source: Path, target: Path, *, rows: int) -> Path:
@@ -146,12 +149,49 @@ def measured(part: str, data: Path, tokenizer: Path, *, threads: int) -> dict[st
     with tempfile.TemporaryDirectory() as cache:
         names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "MKL_NUM_THREADS")
         settings = {**dict.fromkeys(names, str(threads)), "LORA_TUNE_CACHE": cache, "HF_DATASETS_CACHE": cache}
-        environment = {**os.environ, **settings, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-        command = [sys.executable, __file__, "--part", part, "--data", str(data), "--tokenizer", str(tokenizer)]
+        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, **settings, **offline}
+        command = [sys.executable, "-m", "benchmarks.data", "--part", part]
+        command += ["--data", str(data), "--tokenizer", str(tokenizer)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{part} failed:\n{done.stderr[-3000:]}")
         return json.loads(done.stdout.splitlines()[-1])
+
+
+def middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median of every number over the rounds."""
+    return {name: statistics.median(found[name] for found in rounds) for name in rounds[0]}
+
+
+def row_of(tool: str, found: dict[str, Any], rows: int) -> dict[str, Any]:
+    """A line of the result."""
+    return {"tool": tool, "rows_per_s": round(rows / found["s"]), "rows_per_cpu_s": round(rows / found["cpu_s"]),
+            **{name: round(value, 4) for name, value in found.items()}}  # fmt: skip
+
+
+def compare(given: argparse.Namespace) -> dict[str, Any]:
+    """All parts in turns; `{machine, versions, rows, …}`."""
+    result: dict[str, Any] = {"machine": machine(), "versions": versions(*LIBRARIES), "threads": given.threads}
+    with tempfile.TemporaryDirectory() as folder:
+        checked = resampled(given.data, Path(folder) / "check.jsonl", rows=given.check_rows)
+        data = resampled(given.data, Path(folder) / "rows.jsonl", rows=given.rows)
+        check_found = measured("check", checked, given.tokenizer, threads=given.threads)
+        found: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
+        for _ in range(given.rounds):
+            for part in found:
+                found[part].append(measured(part, data, given.tokenizer, threads=given.threads))
+    both = {part: middle(rounds) for part, rounds in found.items()}
+    return result | {
+        "rounds": given.rounds,
+        "data": given.data.name,
+        "tokenizer": given.tokenizer.name,
+        "rows_of_data": given.rows,
+        "rows": [row_of("lora_tune", both["ours"], given.rows), row_of("trl", both["trl"], given.rows)],
+        "check": row_of("lora_tune", check_found, given.check_rows),
+        "times_faster": round(both["trl"]["s"] / both["ours"]["s"], 2),
+        "times_less_cpu": round(both["trl"]["cpu_s"] / both["ours"]["cpu_s"], 2),
+    }
 
 
 def main() -> None:
@@ -162,39 +202,28 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--check-rows", type=int, default=50_000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--write", action="store_true", help="keep it as benchmarks/results/data.json")
     given = parser.parse_args()
     if given.part:
         print(json.dumps(PARTS[given.part](given.data, given.tokenizer)))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        checked = resampled(given.data, Path(folder) / "check.jsonl", rows=given.check_rows)
-        data = resampled(given.data, Path(folder) / "rows.jsonl", rows=given.rows)
-        facts: dict[str, Any] = {"check": measured("check", checked, given.tokenizer, threads=given.threads)}
-        for part in ("ours", "trl"):
-            facts[part] = measured(part, data, given.tokenizer, threads=given.threads)
-    names = ("trl", "datasets", "transformers", "tokenizers", "pyarrow")
-    facts |= {
-        "rows": given.rows,
-        "threads": given.threads,
-        "times_faster": facts["trl"]["s"] / facts["ours"]["s"],
-        "times_less_cpu": facts["trl"]["cpu_s"] / facts["ours"]["cpu_s"],
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in names},
-    }
+    result = compare(given)
+    text = json.dumps(result, indent=1)
+    if given.write:
+        (RESULTS / "data.json").write_text(text + "\n", encoding="utf-8")
     if given.json:
-        print(json.dumps(facts))
+        print(text)
         return
-    print(
-        f"check   {facts['check']['rows']:,} rows: {facts['check']['s']:.1f} s ({facts['check']['cpu_s']:.1f} s of CPU)"
-    )
-    for part in ("ours", "trl"):
-        found = facts[part]
-        took = f"{given.rows:,} rows, {found['tokens']:,} tokens: {found['s']:.1f} s ({found['cpu_s']:.1f} s of CPU)"
-        print(f"{part:6}  {took}, {found['sequences']:,} sequences, {found['efficiency']:.1%} full")
-    print(f"ours, from the cache: {facts['ours']['cached_s']:.1f} s")
-    print(f"faster than TRL: {facts['times_faster']:.2f} times ({facts['times_less_cpu']:.2f} times less CPU)")
+    checked = result["check"]
+    print(f"check   {given.check_rows:,} rows: {checked['s']:.1f} s ({checked['cpu_s']:.1f} s of CPU)")
+    for row in result["rows"]:
+        took = f"{row['tokens']:,} tokens: {row['s']:.1f} s ({row['cpu_s']:.1f} s of CPU), {row['rows_per_s']:,} rows/s"
+        print(f"{row['tool']:10} {took}, {row['sequences']:,} sequences, {row['efficiency']:.1%} full")
+    print(f"ours, from the cache: {result['rows'][0]['cached_s']:.1f} s")
+    print(f"faster than TRL: {result['times_faster']:.2f} times ({result['times_less_cpu']:.2f} times less CPU)")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,39 @@
-"""Steps of several tools side by side: same model, rows, adapter and optimizer, interleaved in one run.
+"""Steps of several tools side by side: same model, rows, adapter start and optimizer, interleaved in one run.
 
-    python -m benchmarks.step [--shape small] [--method lora|qlora] [--against raw,trl] [--rounds 7] [--json FILE]
+    python -m benchmarks.step [--shape small|8b] [--method lora|qlora] [--against raw,trl,unsloth,llamafactory]
+                              [--batch 4] [--length 256] [--rounds 11] [--json [FILE]] [--write]
 
-Each tool is a process of its own that waits for its turn: they take one step after the other, so that a busy machine
-disturbs all alike, and the median of a tool's steps counts. On a CPU the figure is tokens per second of processor time
-on one thread. `raw` is a bare PEFT loop in bfloat16, adapters too; `trl` is SFTTrainer as it is. Losses of all tools
-are printed: the same base and rows must give curves that agree. Peers that need an environment of their own are not
-here yet.
+Each tool is a process of its own that waits for its turn: on a CPU they take one step after the other, so that a busy
+machine disturbs all alike, and the median of a tool's steps counts; on a GPU, where two do not fit, one tool runs after
+the other. On a CPU the run is made twice: tokens per second of processor time on one thread, tokens per second of the
+clock on two. Peak memory is that of the whole process (of the card on a GPU), the first step is counted from the start
+of the process, alone on the machine.
+
+`raw` is a bare PEFT loop in bfloat16, adapters too; `trl` is SFTTrainer as it is; `unfused` is ours with
+`train.kernels: off`. Peers live in environments of their own (`benchmarks/peers/README.md`), looked for in --peers or
+LORA_TUNE_PEERS; what is not there is left out with a line. All start from the same adapter: a loss that is further than
+0.03 from the raw loop's at any step makes the exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
-import platform
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.protocol import BATCH, LENGTH, ROOT
+from benchmarks.machine import RESULTS, machine
+from benchmarks.peers.protocol import ROOT, Job, stay_home
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
@@ -35,150 +43,235 @@ SHAPES: dict[str, dict[str, int]] = {
     "8b": {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 8},
 }  # fmt: skip
-TOOLS = ("raw", "trl")
-LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
+HERE = ("lora_tune", "unfused", "raw", "trl")
+OWN_ENVIRONMENT = {"unsloth": "benchmarks.peers.with_unsloth", "llamafactory": "benchmarks.peers.with_llamafactory"}
+PEERS = Path(os.environ.get("LORA_TUNE_PEERS", ROOT.parent / "peers"))
+TOLERANCE = 0.03
+WARM_UP = 2
+
+
+class LeftOut(Exception):
+    """A peer that cannot be measured, and why."""
 
 
 def write_base(folder: Path, shape: str) -> None:
-    """A random Llama of a shape in bfloat16, the same one every time."""
+    """A random Llama of a shape in bfloat16, the same one every time, and a tokenizer that nobody asks."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(1)
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"t{number}": number for number in range(16)}, unk_token="t2"))
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t1", unk_token="t2"
+    ).save_pretrained(folder)
 
 
-def write_rows(folder: Path, shape: str, *, steps: int) -> None:
-    """Rows of 256 tokens, all trained: a slow walk over the vocabulary, so that the loss falls."""
-    import random
-
+def write_rows(folder: Path, shape: str, *, rows: int, length: int) -> None:
+    """Rows of tokens, all trained, some words far more often than others, so that the loss falls from the start."""
     draw, vocabulary = random.Random(2), SHAPES[shape]["vocab_size"]
-    rows = []
-    for _ in range(BATCH * steps):
-        token, row = draw.randrange(vocabulary), []
-        for _ in range(LENGTH):
-            token = (token + draw.choice((1, 1, 2, 7))) % vocabulary
-            row.append(token)
-        rows.append(row)
-    (folder / "rows.json").write_text(json.dumps(rows))
+    drawn = [[int(vocabulary ** draw.random()) for _ in range(length)] for _ in range(rows)]
+    (folder / "rows.json").write_text(json.dumps(drawn))
+
+
+def command_of(tool: str, peers: Path) -> list[str]:
+    """How a side is started.
+
+    Raises:
+        LeftOut: its environment is not there.
+    """
+    if tool not in OWN_ENVIRONMENT:
+        return [sys.executable, "-m", "benchmarks.peers.here", tool]
+    python = peers / tool / "bin" / "python"
+    if not python.exists():
+        raise LeftOut(f"there is no {python}; benchmarks/peers/README.md says how to install it")
+    return [str(python), "-m", OWN_ENVIRONMENT[tool], tool]
 
 
 class Side:
     """One tool in its process, paused between its steps."""
 
-    def __init__(self, name: str, folder: Path, *, method: str, steps: int) -> None:
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
+    def __init__(self, name: str, folder: Path, *, threads: int, peers: Path) -> None:
+        command = [*command_of(name, peers), "--folder", str(folder)]
+        several = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         self.name = name
         self.steps: list[dict[str, float]] = []
-        self.began = time.monotonic()
-        self._log = (folder / f"{name}.log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.peers.here", name, "--folder", str(folder), "--method", method,
-             "--steps", str(steps)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment, cwd=ROOT,
-        )  # fmt: skip
+        self.versions: dict[str, str] = {}
         self.first_step_s = 0.0
+        self._log = (folder / f"{name}.log").open("w")
+        self._began = time.monotonic()
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, cwd=folder,
+            env={**stay_home(), **several},
+        )  # fmt: skip
 
     def step(self) -> None:
-        """Let it take one step; what it says of it is kept."""
+        """Let it take one step; what it says of it is kept.
+
+        Raises:
+            LeftOut: it ended instead, with its last words.
+        """
         assert self.process.stdin and self.process.stdout
-        print("go", file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print("go", file=self.process.stdin, flush=True)
         while line := self.process.stdout.readline():
-            if line.startswith("STEP "):
-                self.steps.append(json.loads(line.removeprefix("STEP ")))
-                self.first_step_s = self.first_step_s or time.monotonic() - self.began
+            word, _, facts = line.partition(" ")
+            if word == "VERSIONS":
+                self.versions = json.loads(facts)
+            if word == "STEP":
+                self.steps.append(json.loads(facts))
+                self.first_step_s = self.first_step_s or time.monotonic() - self._began
                 return
-        raise SystemExit(f"{self.name} ended: {Path(self._log.name).read_text()[-1500:]}")
+        said = Path(self._log.name).read_text().strip().splitlines() or ["it said nothing"]
+        raise LeftOut(f"it ended after {len(self.steps)} steps: {said[-1].strip()}")
 
     def end(self) -> None:
         """Close the process."""
         self.process.kill()
         self.process.wait()
-        self._log.close()
+        for stream in (self.process.stdin, self.process.stdout, self._log):
+            if stream is not None:
+                stream.close()
 
-    def row(self) -> dict[str, Any]:
-        """Its line of the result; the first two steps warm up."""
-        counted = self.steps[2:]
-        return {
-            "tool": self.name,
-            "tokens_per_cpu_s": round(BATCH * LENGTH / statistics.median(step["cpu_s"] for step in counted), 1),
-            "tokens_per_s": round(BATCH * LENGTH / statistics.median(step["wall_s"] for step in counted), 1),
-            "peak_mib": round(max(step["peak_mib"] for step in self.steps), 1),
-            "first_step_s": round(self.first_step_s, 1),
-            "final_loss": round(self.steps[-1]["loss"], 4),
-            "losses": [round(step["loss"], 4) for step in self.steps],
-        }
+    def seconds(self, clock: str) -> float:
+        """The median of a step's seconds, without the first steps, which warm up, and the last, which ends the run."""
+        return statistics.median(step[clock] for step in self.steps[WARM_UP:-1])
 
 
-def measure(names: Sequence[str], *, shape: str, method: str, rounds: int) -> list[dict[str, Any]]:
-    """Start the tools one after the other (each alone up to its first step), then let them take turns."""
+def one_pass(names: Sequence[str], folder: Path, job: Job, *, peers: Path, left_out: dict[str, str]) -> dict[str, Side]:
+    """Start the tools one after the other, each alone up to its first step, then let them take turns.
+
+    On a GPU a tool takes all of its steps before the next one starts. `left_out` collects who could not, and why.
+    """
+    import torch
+
+    job.write(folder)
+    alone = torch.cuda.is_available()
+    sides: dict[str, Side] = {}
+    try:
+        for tool in names:
+            try:
+                sides[tool] = Side(tool, folder, threads=job.threads, peers=peers)
+                for _ in range(job.steps if alone else 1):
+                    sides[tool].step()
+                if alone:
+                    sides[tool].end()
+            except LeftOut as reason:
+                left_out[tool] = str(reason)
+        running = [side for side in sides.values() if side.name not in left_out]
+        for _ in range(0 if alone else job.steps - 1):
+            for side in running:
+                side.step()
+        return {side.name: side for side in running}
+    finally:
+        for side in sides.values():
+            side.end()
+
+
+def row_of(name: str, one: Side, two: Side, job: Job, *, raw: Side | None) -> dict[str, Any]:
+    """A tool's line of the result: `one` ran on one thread, `two` on two (the same where there is a GPU)."""
+    losses = [step["loss"] for step in one.steps]
+    beside = [abs(loss - step["loss"]) for loss, step in zip(losses, raw.steps, strict=True)] if raw else [math.nan]
+    tokens = job.batch * job.length
+    return {
+        "tool": name,
+        "tokens_per_cpu_s": round(tokens / one.seconds("cpu_s"), 1),
+        "tokens_per_s": round(tokens / two.seconds("wall_s"), 1),
+        "peak_mib": round(max(step["peak_mib"] for step in one.steps), 1),
+        "first_step_s": round(one.first_step_s, 1),
+        "final_loss": round(losses[-1], 4),
+        "furthest_from_raw": round(max(beside), 4),
+        "losses": [round(loss, 4) for loss in losses],
+        "cpu_s_of_steps": [round(step["cpu_s"], 3) for step in one.steps],
+        "versions": one.versions,
+    }
+
+
+def measure(
+    names: Sequence[str], *, shape: str, job: Job, threads: Sequence[int] = (1, 2), peers: Path = PEERS
+) -> dict[str, Any]:
+    """Both passes; `{machine, versions, shape, method, …, rows, left_out}`.
+
+    Raises:
+        SystemExit: lora_tune itself or the raw loop did not run.
+    """
+    left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="step-") as name:
         folder = Path(name)
         write_base(folder / "base", shape)
-        write_rows(folder, shape, steps=rounds + 2)
-        sides: list[Side] = []
-        try:
-            for tool in names:
-                side = Side(tool, folder, method=method, steps=rounds + 2)
-                sides.append(side)
-                side.step()
-            for _ in range(rounds + 1):
-                for side in sides:
-                    side.step()
-            return [side.row() for side in sides]
-        finally:
-            for side in sides:
-                side.end()
+        write_rows(folder, shape, rows=job.batch * job.steps, length=job.length)
+        passes = []
+        for count in threads:
+            here = [tool for tool in names if tool not in left_out]
+            this = Job(**{**vars(job), "threads": count})
+            passes.append(one_pass(here, folder, this, peers=peers, left_out=left_out))
+    for tool in HERE:
+        if tool in left_out:
+            raise SystemExit(f"{tool}: {left_out[tool]}")
+    one, two = passes[0], passes[-1]
+    rows = [row_of(tool, one[tool], two[tool], job, raw=one.get("raw")) for tool in names if tool in two]
+    return {
+        "machine": machine(),
+        "versions": {row["tool"]: row.pop("versions") for row in rows},
+        "shape": shape, "method": job.method, "tokens_of_a_step": job.batch * job.length, "batch": job.batch,
+        "length": job.length, "rank": job.rank, "steps": job.steps, "threads": list(threads), "tolerance": TOLERANCE,
+        "rows": rows, "left_out": left_out,
+    }  # fmt: skip
 
 
-def machine() -> dict[str, Any]:
-    """What ran it."""
-    import torch
-
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gpu": card}
-
-
-def versions() -> dict[str, str]:
-    """Libraries of this environment."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def said(result: dict[str, Any]) -> str:
+    """The result as lines to read."""
+    raw = next((row["tokens_per_cpu_s"] for row in result["rows"] if row["tool"] == "raw"), math.nan)
+    lines = []
+    for row in result["rows"]:
+        lines.append(
+            f"{row['tool']:13}{row['tokens_per_cpu_s']:8,.0f} tokens/CPU-s ({row['tokens_per_cpu_s'] / raw:4.2f} x raw)"
+            f"{row['tokens_per_s']:8,.0f} tokens/s {row['peak_mib']:7,.0f} MiB, first step after"
+            f" {row['first_step_s']:5.1f} s, loss {row['losses'][0]:.4f} … {row['final_loss']:.4f},"
+            f" ±{row['furthest_from_raw']:.4f} from raw"
+        )
+    lines += [f"{tool} is left out: {reason}" for tool, reason in result["left_out"].items()]
+    return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure and print a table, or one JSON object to a file."""
+def main() -> int:
+    """Measure, print a table or the JSON object, keep it; 1 where a loss curve is not the raw loop's."""
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--method", choices=("lora", "qlora"), default="qlora")
-    parser.add_argument("--against", default="raw,trl")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--against", default="raw,trl,unsloth,llamafactory")
+    parser.add_argument("--batch", type=int, default=4, help="rows of a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
+    parser.add_argument("--rounds", type=int, default=11, help="steps that count, besides three that do not")
+    parser.add_argument("--threads", default="1,2", help="of the two passes; one number: one pass")
+    parser.add_argument("--peers", type=Path, default=PEERS)
+    parser.add_argument("--json", nargs="?", const="-", help="print the result as one object, or keep it in a file")
+    parser.add_argument("--write", action="store_true", help="keep it as benchmarks/results/step_SHAPE_METHOD.json")
     given = parser.parse_args()
-    names = ["lora_tune", "lora_tune, PEFT's path", *given.against.split(",")]
-    if unknown := [name for name in given.against.split(",") if name not in TOOLS]:
-        parser.error(f"--against knows {', '.join(TOOLS)}, got {', '.join(unknown)}")
-    rows = measure(names, shape=given.shape, method=given.method, rounds=given.rounds)
-    slowest = next((row["tokens_per_cpu_s"] for row in rows if row["tool"] == "raw"), rows[0]["tokens_per_cpu_s"])
-    for row in rows:
-        speed = row["tokens_per_cpu_s"]
-        print(
-            f"{row['tool']:24} {speed:8.0f} tokens/CPU-s {speed / slowest:5.2f} x raw {row['peak_mib']:7.0f} MiB"
-            f" {row['first_step_s']:5.1f} s to the first step, loss {row['losses'][0]:.4f} … {row['final_loss']:.4f}"
-        )
-    if given.json:
-        result = {"machine": machine(), "versions": versions(), "shape": given.shape, "method": given.method}
-        given.json.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    against = given.against.split(",")
+    if unknown := [name for name in against if name not in (*HERE, *OWN_ENVIRONMENT)]:
+        parser.error(f"--against knows {', '.join((*HERE[1:], *OWN_ENVIRONMENT))}, got {', '.join(unknown)}")
+    job = Job(given.method, given.rounds + WARM_UP + 1, 1, batch=given.batch, length=given.length)
+    threads = [int(count) for count in given.threads.split(",")]
+    names = list(dict.fromkeys(["lora_tune", *against]))
+    result = measure(names, shape=given.shape, job=job, threads=threads, peers=given.peers)
+    text = json.dumps(result, indent=1)
+    print(text if given.json == "-" else said(result))
+    if given.json and given.json != "-":
+        Path(given.json).write_text(text + "\n", encoding="utf-8")
+    if given.write:
+        (RESULTS / f"step_{given.shape}_{given.method}.json").write_text(text + "\n", encoding="utf-8")
+    far = [row["tool"] for row in result["rows"] if row["furthest_from_raw"] > TOLERANCE]
+    if far:
+        print(f"losses further than {TOLERANCE} from the raw loop's: {', '.join(far)}", file=sys.stderr)
+    return int(bool(far))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

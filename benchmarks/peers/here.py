@@ -14,33 +14,17 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedTokenizerFast,
     PrinterCallback,
     TrainerCallback,
 )
 
-from benchmarks.peers.protocol import ALPHA, BATCH, LEARNING_RATE, LENGTH, RANK, Turns, arguments, rows_of
+from benchmarks.peers.protocol import Job, Turns, given, rows_of, same_start, waits
 from lora_tune.training.batches import EpochSampler
 
 
-class Waits(TrainerCallback):
-    """Takes turns with the other tools around every step of a trainer."""
-
-    def __init__(self, turns: Turns) -> None:
-        self.turns = turns
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Wait."""
-        self.turns.begin()
-
-    def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """The loss is logged right after every step."""
-        if "loss" in rest["logs"]:
-            self.turns.end(float(rest["logs"]["loss"]))
-
-
-def plain_model(folder: Path, method: str) -> Any:
+def plain_model(folder: Path, job: Job) -> Any:
     """The base as transformers loads it, in bfloat16, with bfloat16 adapters: the fastest way that PEFT offers."""
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -48,55 +32,56 @@ def plain_model(folder: Path, method: str) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    options = {"quantization_config": four_bit} if method == "qlora" else {}
+    options = {"quantization_config": four_bit} if job.method == "qlora" else {}
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, **options)
     for module in model.modules():  # or bitsandbytes may repack 4-bit weights on a CPU, and lose gradients
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    torch.manual_seed(3)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=job.rank, lora_alpha=job.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
+    same_start(model, job.rank)
     return model.cuda() if torch.cuda.is_available() else model
 
 
-def raw(given: Any, turns: Turns) -> None:
+def raw(folder: Path, job: Job, turns: Turns) -> None:
     """Forward with the model's own loss, backward, clip, fused AdamW."""
-    model = plain_model(given.folder, given.method).train()
-    rows = torch.tensor(rows_of(given.folder), device=model.device)
+    model = plain_model(folder, job).train()
+    rows = torch.tensor(rows_of(folder), device=model.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
-    for number in range(given.steps):
+    optimizer = torch.optim.AdamW(parameters, lr=job.learning_rate, weight_decay=0.0, fused=True)
+    for number in range(job.steps):
         turns.begin()
-        ids = rows[number * BATCH : (number + 1) * BATCH]
+        ids = rows[number * job.batch : (number + 1) * job.batch]
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        turns.end(loss.item())
+        turns.loss(loss.item())
+    turns.finish()
 
 
-def trl(given: Any, turns: Turns) -> None:
+def trl(folder: Path, job: Job, turns: Turns) -> None:
     """SFTTrainer with the same model and rows, in bfloat16, without recomputation."""
     from trl import SFTConfig, SFTTrainer
 
-    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows_of(given.folder)])
-    with tempfile.TemporaryDirectory() as out:
-        args = SFTConfig(
-            output_dir=out, per_device_train_batch_size=BATCH, max_steps=given.steps, learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[], max_length=None,
-            gradient_checkpointing=False, bf16=True, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
-            dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False, shuffle_dataset=False,
-            train_sampling_strategy="sequential",
-        )  # fmt: skip
-        model = plain_model(given.folder, given.method)
-        trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer())
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Waits(turns))
-        trainer.train()
+    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows_of(folder)])
+    args = SFTConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=job.batch, max_steps=job.steps,
+        learning_rate=job.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
+        optim="adamw_torch_fused", logging_steps=1, save_strategy="no", report_to=[], max_length=None,
+        gradient_checkpointing=False, bf16=True, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+        dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False, shuffle_dataset=False,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    trainer = SFTTrainer(plain_model(folder, job), args, train_dataset=rows, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(waits(turns, TrainerCallback))
+    trainer.train()
 
 
 class InOrder(EpochSampler):
@@ -107,7 +92,7 @@ class InOrder(EpochSampler):
         return list(range(self.rows))
 
 
-def ours(given: Any, turns: Turns, *, kernels: str) -> None:
+def ours(folder: Path, job: Job, turns: Turns, *, kernels: str) -> None:
     """The trainer of `lora-tune run`, with all of its accounting; adapters in float32 as in a run."""
     from lora_tune.model.base import load_base
     from lora_tune.model.methods import attach
@@ -115,43 +100,35 @@ def ours(given: Any, turns: Turns, *, kernels: str) -> None:
     from lora_tune.recipe import Base, Lora, Train
     from lora_tune.training import trainer as training
 
-    quantize: Any = "nf4" if given.method == "qlora" else "none"
-    base = Base(name=str(given.folder / "base"), quantize=quantize, compute_dtype="bfloat16")
-    lora = Lora(rank=RANK, alpha=ALPHA)
+    quantize: Any = "nf4" if job.method == "qlora" else "none"
+    base = Base(name=str(folder / "base"), quantize=quantize, compute_dtype="bfloat16")
+    lora = Lora(rank=job.rank, alpha=job.alpha)
     train = Train(
-        max_steps=given.steps, batch_size=BATCH, micro_batch_size=BATCH, max_length=LENGTH, warmup=0, packing=False,
-        learning_rate=LEARNING_RATE, schedule="constant", gradient_checkpointing="none", optimizer="adamw",
-        kernels=kernels,
+        max_steps=job.steps, batch_size=job.batch, micro_batch_size=job.batch, max_length=job.length, warmup=0,
+        packing=False, learning_rate=job.learning_rate, schedule="constant", gradient_checkpointing="none",
+        optimizer="adamw", kernels=kernels,
     )  # fmt: skip
-    rows = rows_of(given.folder)
+    rows = rows_of(folder)
     dataset = Dataset.from_list([{"input_ids": row, "labels": row, "seq_lengths": [len(row)]} for row in rows])
     source = find_base(base)
     model = attach(load_base(source, base), lora, source=source, base=base, seed=3)
-    chat: Any = SimpleNamespace(tokenizer=tokenizer(), align=lambda model: None)
+    same_start(model, job.rank)
+    chat: Any = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder / "base"), align=lambda model: None)
     with tempfile.TemporaryDirectory() as out:
         trainer = training.build(model, dataset, train=train, evaluation=None, seed=3, folder=Path(out), chat=chat)
         trainer._sampler = InOrder(len(rows), seed=3)
-        trainer.add_callback(Waits(turns))
+        trainer.add_callback(waits(turns, TrainerCallback))
         trainer.train()
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A stand-in: the rows are tokens already."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    words = {f"t{number}": number for number in range(16)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words)), pad_token="t0", eos_token="t1")
-
-
-SIDES: dict[str, Callable[[Any, Turns], None]] = {
+SIDES: dict[str, Callable[[Path, Job, Turns], None]] = {
     "raw": raw,
     "trl": trl,
-    "lora_tune": lambda given, turns: ours(given, turns, kernels="auto"),
-    "lora_tune, PEFT's path": lambda given, turns: ours(given, turns, kernels="off"),
+    "lora_tune": lambda folder, job, turns: ours(folder, job, turns, kernels="auto"),
+    "unfused": lambda folder, job, turns: ours(folder, job, turns, kernels="off"),
 }
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    asked = arguments()
-    sys.exit(SIDES[asked.tool](asked, Turns()))
+    name, place, work = given()
+    torch.set_num_threads(work.threads)
+    sys.exit(SIDES[name](place, work, Turns(("lora_tune", "trl"))))

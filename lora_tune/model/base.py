@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from lora_tune.errors import ResourceError, UsageError
 from lora_tune.model import hub
 from lora_tune.model.base_config import check_trust, stored_bits
+from lora_tune.model.imports import is_in_use
+from lora_tune.model.kernels.choice import dequantize
 from lora_tune.model.source import BaseSource
 from lora_tune.model.weights import tensor_infos
 from lora_tune.recipe import Base
@@ -153,6 +155,8 @@ def _divisible(base: Base) -> torch.dtype:
 
 def linear4bit_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """Names and modules of the 4-bit linear layers."""
+    if not is_in_use("bitsandbytes"):
+        return []
     with _quiet():
         from bitsandbytes.nn.modules import Linear4bit
 
@@ -190,17 +194,24 @@ def full_weight(module: torch.nn.Module) -> torch.Tensor:
 def weight_reader(module: torch.nn.Module) -> Callable[[torch.dtype], torch.Tensor] | None:
     """How the frozen matrix (out, in) of a linear layer is read in a dtype, dequantized anew by every call.
 
-    None for a layer that is neither a plain linear one nor one in 4 bit.
+    None for a layer that is neither a plain linear one nor one in 4 bit. What is read of a 4-bit layer may stand in a
+    buffer that the next reading on the same device writes over: use it at once and keep no reference.
     """
+    if type(module) is torch.nn.Linear:
+        return lambda dtype: module.weight.detach().to(dtype)
+    if not is_in_use("bitsandbytes"):
+        return None
     with _quiet():
         from bitsandbytes.functional import dequantize_4bit
         from bitsandbytes.nn.modules import Linear4bit
 
     layer: Any = module
     if isinstance(module, Linear4bit):
-        return lambda dtype: dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
-    if type(module) is torch.nn.Linear:
-        return lambda dtype: layer.weight.detach().to(dtype)
+
+        def anew() -> torch.Tensor:
+            return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+        return lambda dtype: dequantize(layer.weight.data, layer.weight.quant_state, dtype, otherwise=anew)
     return None
 
 

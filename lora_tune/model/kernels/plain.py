@@ -1,0 +1,79 @@
+"""The parts of a training step that are not products of matrices, in PyTorch: on a CPU, and where Triton has no kernel.
+
+`choice.py` says what each of them is; `dequantize` here is the definition, bitsandbytes' own is what runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix of a 4-bit weight by table lookup: of each byte the high half comes first."""
+    values = state.shape.numel()
+    scales = state.absmax
+    if state.state2 is not None:
+        nested = state.state2
+        own = nested.absmax.repeat_interleave(nested.blocksize)[: scales.numel()]
+        scales = nested.code[scales.view(-1).long()] * own + state.offset
+    pairs = packed.reshape(-1).view(torch.uint8).long()
+    codes = torch.stack([state.code[pairs >> 4], state.code[pairs & 15]], dim=1).view(-1)[:values]
+    matrix = codes * scales.view(-1).repeat_interleave(state.blocksize)[:values]
+    return matrix.to(state.dtype).to(dtype).view(state.shape)
+
+
+def gated(gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) · up, in a new tensor."""
+    return _activated(gate_TI, activation).mul_(up_TI)
+
+
+def gated_backward(
+    dh_TI: torch.Tensor, gate_TI: torch.Tensor, up_TI: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and of up; `dh_TI` is consumed."""
+    d_up_TI = _activated(gate_TI, activation).mul_(dh_TI)
+    dh_TI.mul_(up_TI)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(dh_TI, gate_TI), d_up_TI
+    return torch.ops.aten.gelu_backward(dh_TI, gate_TI, approximate="tanh"), d_up_TI
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normalized input, and 1/sqrt(mean(x²) + epsilon) as float32 (…, 1)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    if offset:
+        return (x * scale).mul_(weight.float() + offset).to(x.dtype), scale
+    return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight), scale
+
+
+def rms_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, offset: float
+) -> torch.Tensor:
+    """The gradient of x, in a new tensor."""
+    factor = weight.float() + offset if offset else weight
+    weighted = (gradient * factor).to(x.dtype)
+    mean = torch.mul(weighted, x).sum(dim=-1, keepdim=True, dtype=torch.float32).div_(x.shape[-1])
+    dx = torch.mul(weighted, scale, out=weighted)
+    return dx.addcmul_(x, mean.mul_(scale.pow(3)).to(x.dtype), value=-1)
+
+
+def rope(x_BNTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: str) -> None:
+    """Rotate the two halves of each head's first R values against each other, in place."""
+    half = cos.shape[-1] // 2
+    first, second = x_BNTD[..., :half], x_BNTD[..., half : 2 * half]
+    cos_1, cos_2 = cos.unsqueeze(1).split(half, dim=-1)
+    sin_1, sin_2 = sin.unsqueeze(1).split(half, dim=-1)
+    if direction == "backward":
+        sin_1, sin_2 = -sin_2, -sin_1
+    before = first.clone()
+    first.mul_(cos_1).addcmul_(second, sin_1, value=-1)
+    second.mul_(cos_2).addcmul_(before, sin_2)
+
+
+def _activated(gate_TI: torch.Tensor, activation: str) -> torch.Tensor:
+    """A new tensor."""
+    return functional.silu(gate_TI) if activation == "silu" else functional.gelu(gate_TI, approximate="tanh")

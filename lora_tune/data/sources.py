@@ -20,6 +20,7 @@ from lora_tune.data import sni
 from lora_tune.data.readers import SUFFIXES, read_file, without_filled_nulls
 from lora_tune.data.rows import Record
 from lora_tune.errors import Problem, UsageError
+from lora_tune.imports import quick_imports
 from lora_tune.recipe import DataSource
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def _hub_rows(data: DataSource, commit: str | None) -> Iterator[dict[str, Any]]:
 
 def as_dataset(table: pyarrow.Table, *, fingerprint: str) -> Dataset:
     """An Arrow table as a `datasets.Dataset`, without copying it; `fingerprint` names its content."""
-    from datasets import Dataset
+    with quick_imports():
+        from datasets import Dataset
 
     return Dataset(table, fingerprint=fingerprint)

@@ -8,8 +8,10 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING
 
-from rouge_score.rouge_scorer import RougeScorer
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -123,6 +125,8 @@ def _rouge(kind: str, answer: str, references: Sequence[str]) -> float:
 
 @functools.cache
 def _scorer(kind: str) -> RougeScorer:
+    from rouge_score.rouge_scorer import RougeScorer  # brings nltk, scipy and scikit-learn: a second of CPU
+
     return RougeScorer([kind], use_stemmer=True)
 
 

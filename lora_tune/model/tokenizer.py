@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_tune.errors import Problem, RecipeError, UsageError
+from lora_tune.imports import quick_imports
 from lora_tune.model.weights import is_lfs_pointer
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def read_tokenizer(
         UsageError: vocabulary missing, a Git LFS pointer or damaged; encodes text to nothing.
         RecipeError: a new token is there already.
     """
-    from transformers import AutoTokenizer
+    with quick_imports():
+        from transformers import AutoTokenizer
 
     _check_files(folder, name)
     try:

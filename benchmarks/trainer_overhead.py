@@ -32,7 +32,6 @@ from trl import SFTTrainer
 
 from lora_tune.recipe import Train
 from lora_tune.training import trainer as ours
-from lora_tune.training.batches import FoldedCollator
 
 VOCABULARY, LENGTH = 4096, 512
 CONFIG = LlamaConfig(
@@ -107,7 +106,7 @@ def seconds_of_trl(rows: Dataset, train: Train, *, dtype: torch.dtype, folder: P
 def seconds_of_ours(rows: Dataset, train: Train, *, dtype: torch.dtype, folder: Path, folded: str) -> float:
     """CPU seconds of our trainer; `folded` "no" keeps TRL's one long row a micro-batch."""
     trainer = ours.build(model(dtype), rows, train=train, evaluation=None, seed=3, folder=folder, chat=chat())
-    if folded == "no" and isinstance(trainer.data_collator, FoldedCollator):
+    if folded == "no":
         trainer.data_collator = trainer.data_collator.flat
     began = time.process_time()
     trainer.train()

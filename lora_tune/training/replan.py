@@ -88,7 +88,7 @@ def shortage_of(error: BaseException, *, head: nn.Module) -> Shortage:
 
 def _part_of_frame(frame: Any, head: nn.Module) -> Part | None:
     name, file, owner = frame.f_code.co_name, frame.f_code.co_filename.replace("\\", "/"), frame.f_locals.get("self")
-    if owner is head or name in ("cross_entropy", "summed_loss") or file.endswith("chunked_logprob.py"):
+    if owner is head or name in ("cross_entropy", "summed_loss") or file.endswith(("loss_head.py", "loss_tile.py")):
         return "loss_head"
     if "dequantize" in name:
         return "buffers"

@@ -31,6 +31,7 @@ from lora_tune.errors import DataError
 from lora_tune.interrupts import Stop
 from lora_tune.model.divided import whole
 from lora_tune.model.kernels.fuse import fuse
+from lora_tune.model.kernels.loss_head import find_head
 from lora_tune.model.methods import cast_inputs
 from lora_tune.recipe import Train
 from lora_tune.training import state
@@ -39,7 +40,7 @@ from lora_tune.training.budget import plan_budget
 from lora_tune.training.checkpoint import Checkpoint
 from lora_tune.training.evaluations import Evaluation, Evaluations
 from lora_tune.training.guard import StepGuard, StepNumbers, largest_weight, places
-from lora_tune.training.loss import summed_loss
+from lora_tune.training.loss import WithTargets, summed_loss
 from lora_tune.training.moments import Moments
 from lora_tune.training.resume import TRAINER_STATE, RunFacts
 from lora_tune.training.schedule import SCHEDULES, Steps, mixed_precision, optimizer_name, plan_steps
@@ -167,7 +168,7 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         self.row_tokens = [sum(lengths) for lengths in rows["seq_lengths"]]
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._head = self.model.get_output_embeddings()
-        self._fused_head = args.device.type == "cuda" and type(self._head) is nn.Linear
+        self._loss_head = None if self.team.divided else find_head(self.model)
         self.signals = SignalWatch()
         self.guard = StepGuard(self.model, max_skipped=train.max_skipped_steps, report=self.facts.report)
         self._chat = chat
@@ -183,6 +184,7 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         if config._attn_implementation in ("sdpa", "eager"):
             pad_id = self.data_collator.pad_token_id
             self.data_collator = FoldedCollator(self.data_collator, pad_id, config.hidden_size)
+        self.data_collator = WithTargets(self.data_collator)
 
     def for_run(self, facts: RunFacts) -> RunTrainer:
         """Tell the trainer what to record and compare; returns the trainer itself."""
@@ -269,7 +271,7 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         TRL's entropy and accuracy, three host syncs in every micro-batch, are left out.
         """
         divisor = (inputs["labels"] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        total, outputs = summed_loss(model, inputs, head=self._head, fused="yes" if self._fused_head else "no")
+        total, outputs = summed_loss(model, inputs, layer=self._head, head=self._loss_head)
         loss = total / torch.as_tensor(divisor).clamp(min=1)
         return (loss, outputs) if return_outputs else loss
 

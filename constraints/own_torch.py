@@ -1,7 +1,8 @@
 """Lets a new virtual environment use the torch that this Python has:  python own_torch.py VENV CONSTRAINTS
 
-Where this Python has a torch of at least 2.11, the environment is pointed to the folder that it lies in, and its pin is
-left out of VENV/constraints.txt; else all pins of CONSTRAINTS are taken over, and pip installs the pinned torch.
+Where this Python has a torch of at least 2.11, the environment is pointed to the folder that it lies in, and the pins
+of torch and of the triton that comes with it are left out of VENV/constraints.txt; else all pins of CONSTRAINTS are
+taken over, and pip installs the pinned torch.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main(venv: Path, constraints: Path) -> None:
         path_file.unlink(missing_ok=True)
         if folder is not None and folder != packages.resolve():
             path_file.write_text(f"{folder}\n", encoding="utf-8")
-            lines = [line for line in lines if not line.startswith("torch==")]
+            lines = [line for line in lines if not line.startswith(("torch==", "triton=="))]
             print(f"using the torch in {folder}")
     (venv / "constraints.txt").write_text("".join(lines), encoding="utf-8")
 

@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_tune.model.kernels import loss_head, loss_tile
+from lora_tune.model import footprint
+from lora_tune.model.kernels import loss_tile
 from lora_tune.model.kernels.loss_head import Head, find_head, summed
 from lora_tune.recipe import Lora
 from lora_tune.training.loss import summed_loss, trained_positions
@@ -59,8 +60,8 @@ def test_losses_and_gradients_are_those_of_full_logits(
     labels[torch.rand(batch, length, generator=draw) > trained] = -100
     own, reference = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(loss_head._TILE_BYTES, "cpu", tile)
-        patch.setitem(loss_tile._BLOCK, "cpu", tile)
+        patch.setitem(footprint._LOSS_TILE, "cpu", tile)
+        patch.setitem(footprint.LOSS_BLOCK, "cpu", tile)
         loss = summed(own, head, *trained_positions(labels))
     expected = full_logits(head, reference, labels)
     (loss / 7).backward()

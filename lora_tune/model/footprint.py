@@ -41,6 +41,8 @@ _ANCHORED = ("pissa", "olora")  # keep frozen anchors as large as what is traine
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "lm_head")
 _EVALUATED_TOKENS = 8_192  # of a batch of the held-out loss; halved on a GPU where it does not fit
 _LOSS_POSITIONS = 256  # of a row whose log-probabilities are computed at once
+_LOSS_TILE = {"cpu": 2**26, "cuda": 2**28}  # bytes of the logits that are computed at once
+LOSS_BLOCK = {"cpu": 2**18, "cuda": 2**22}  # of them, those that PyTorch works on at once in float32
 EXACT = ("weights", "adapters", "gradients", "optimizer")  # parts that are counted, not estimated
 # share of a part by which it may be wrong, before anything was measured on a card
 _ERROR = {"weights": 0.005, "activations": 0.03, "loss_head": 0.3, "buffers": 0.3, "exchange": 0.3, "runtime": 0.4}
@@ -232,17 +234,27 @@ def trained_weights(shape: Shape, lora: Lora) -> tuple[int, int]:
 
 
 def _loss_head(job: Job, tokens: int) -> float:
-    """On a GPU TRL's fused head in tiles of 4,096 x 32,768; else all logits, their float32 copy and gradient.
+    """A tile of logits and the inputs of the head, in whose place their gradient comes (`kernels/loss_head.py`).
 
-    A head that is trained, or has new tokens in it, is no plain linear layer, and gives all logits on a GPU as well.
+    A head that is trained, has new tokens in it or is divided over cards gives all logits: they, their float32 copy and
+    its gradient are held at once.
     """
     shape = job.shape
     plain = not job.lora.new_tokens and not any(
         name.rsplit(".", 1)[-1] in _EMBEDDINGS for name in job.lora.modules_to_save
     )
-    if job.device == "cuda" and plain:
-        return min(tokens, 4096) * min(shape.vocabulary, 32_768) * 2 + tokens * shape.hidden * 4
+    if plain and not STRATEGIES[job.layout.strategy].divided:
+        wide = 6 if job.base.compute_dtype == "float16" else job.element
+        tile = loss_tile_tokens(tokens, shape.vocabulary, element=wide, device=job.device)
+        inputs = tokens * shape.hidden * job.element
+        logits = tile * shape.vocabulary
+        return max(logits * wide + 8 * min(logits, LOSS_BLOCK[job.device]) + inputs, 3 * inputs)
     return tokens * shape.vocabulary * (job.element + 8)
+
+
+def loss_tile_tokens(tokens: int, vocabulary: int, *, element: int, device: str) -> int:
+    """How many tokens have their logits computed at once; `element` is the bytes of a logit."""
+    return max(1, min(tokens, _LOSS_TILE.get(device, _LOSS_TILE["cuda"]) // (vocabulary * element)))
 
 
 def _layer_buffers(job: Job, tokens: int) -> float:

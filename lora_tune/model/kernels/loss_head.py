@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_tune.model.footprint import loss_tile_tokens
 from lora_tune.model.kernels import choice
 
-_TILE_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of the logits of a tile
 _LIFT = 1024.0  # float16 holds no probability below 6e-8: the gradient of the logits is that much larger there
 _SAME = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative, of what is done to logits
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # of the logits, in a configuration
@@ -30,11 +30,6 @@ class Head:
     layer: nn.Linear
     softcap: float = 0.0
     multiplier: float = 1.0
-
-
-def tile_tokens(tokens: int, vocabulary: int, *, element: int, device: str) -> int:
-    """How many tokens have their logits computed at once; `element` is the bytes of a logit."""
-    return max(1, min(tokens, _TILE_BYTES.get(device, _TILE_BYTES["cuda"]) // (vocabulary * element)))
 
 
 class SummedLoss(torch.autograd.Function):
@@ -63,10 +58,8 @@ class SummedLoss(torch.autograd.Function):
             dx_NH = x_NH  # each tile of x is read before its gradient takes its place
             lift = _LIFT if dtype == torch.float16 else 1.0
             total = torch.zeros((), dtype=torch.float32, device=x_NH.device)
-            step = tile_tokens(
-                len(x_NH), len(weight_VH), element=2 * dtype.itemsize if lift > 1 else dtype.itemsize,
-                device=x_NH.device.type,
-            )  # fmt: skip
+            wide = 4 + dtype.itemsize if lift > 1 else dtype.itemsize
+            step = loss_tile_tokens(len(x_NH), len(weight_VH), element=wide, device=x_NH.device.type)
             for start in range(0, len(x_NH), step):
                 tile = slice(start, start + step)
                 logits_NV = nn.functional.linear(x_NH[tile], weight_VH, bias_V)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-_BLOCK = {"cpu": 2**18, "cuda": 2**24}  # logits that are worked on at once in float32: 1 MiB, 64 MiB
+from lora_tune.model.footprint import LOSS_BLOCK
+
 _SMALLEST = 1e-30  # a probability below which its logarithm is taken from the logits (a loss above 69)
 
 
@@ -18,7 +19,7 @@ def loss_tile(
     A negative target is not trained: loss 0, gradient 0. Each logit is read from memory once and written once.
     """
     rows, vocabulary = logits_NV.shape
-    step = min(rows, max(1, _BLOCK.get(logits_NV.device.type, _BLOCK["cuda"]) // vocabulary))
+    step = min(rows, max(1, LOSS_BLOCK.get(logits_NV.device.type, LOSS_BLOCK["cuda"]) // vocabulary))
     loss_N = torch.empty(rows, dtype=torch.float32, device=logits_NV.device)
     space = torch.empty(2, step, vocabulary, dtype=torch.float32, device=logits_NV.device)
     for start in range(0, rows, max(1, step)):

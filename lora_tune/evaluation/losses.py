@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from lora_tune.model.divided import shape_of
 from lora_tune.model.generation import evaluating, in_halves, transformer
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def row_losses(
     mask is empty counts 0 tokens.
     """
     base = transformer(model)
-    vocabulary = base.get_output_embeddings().weight.shape[0]
+    vocabulary = shape_of(base.get_output_embeddings().weight)[0]
     position_bytes = vocabulary * base.dtype.itemsize
     found: dict[int, RowLoss] = {}
 

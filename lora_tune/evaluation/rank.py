@@ -21,6 +21,7 @@ from lora_tune.data.conversation import Conversation, Message
 from lora_tune.errors import DataError, Problem
 from lora_tune.evaluation.losses import row_losses
 from lora_tune.model.decoding import has_plain_cache
+from lora_tune.model.divided import shape_of
 from lora_tune.model.generation import evaluating, in_halves, transformer
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def choice_scores(
     base = transformer(model)
     if not has_plain_cache(base):
         return _without_cache(model, rows, pad_id=pad_id, progress=progress)
-    position_bytes = base.get_output_embeddings().weight.shape[0] * 4
+    position_bytes = shape_of(base.get_output_embeddings().weight)[0] * 4
     found: dict[int, list[Choice]] = {}
 
     def measure(batch: list[int]) -> None:

@@ -19,7 +19,7 @@ from lora_tune.errors import Problem, RecipeError, UsageError
 from lora_tune.model import initialisation
 from lora_tune.model.base import fit_embeddings, full_weight
 from lora_tune.model.base_fit import end_of
-from lora_tune.model.divided import as_divided, whole
+from lora_tune.model.divided import as_divided, standing, whole
 from lora_tune.model.source import BaseSource, load_tokenizer
 from lora_tune.model.targets import NamedModules, named_modules
 from lora_tune.recipe import Base, Lora, Train
@@ -256,7 +256,8 @@ def cast_inputs(model: nn.Module, *, to: Literal["adapter dtype", "autocast"]) -
 
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     """Every tensor of the adapter as it is trained, frozen anchors included, under PEFT's names: for checkpoints."""
-    return dict(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
+    with standing(model):
+        return dict(get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False))
 
 
 @torch.no_grad()
@@ -276,11 +277,12 @@ def load_adapter_state(model: PeftModel, tensors: Mapping[str, torch.Tensor]) ->
         for letter, pair in (("A", layer.lora_A), ("B", layer.lora_B))
         if isinstance(pair[ADAPTER], initialisation.AnchoredLinear)
     }
-    for name, own in adapter_state(model).items():  # these share their memory with the parameters, anchored ones apart
-        if name in anchored:
-            anchored[name].load_state_dict({"weight": tensors[name]})
-        else:
-            own.copy_(as_divided(tensors[name], own))
+    with standing(model, "write"):
+        for name, own in adapter_state(model).items():  # sharing the parameters' memory, anchored ones apart
+            if name in anchored:
+                anchored[name].load_state_dict({"weight": tensors[name]})
+            else:
+                own.copy_(as_divided(tensors[name], own))
 
 
 def saved_adapter(model: PeftModel, *, lora: Lora, source: BaseSource) -> SavedAdapter:

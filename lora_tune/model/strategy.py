@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from lora_tune.errors import Problem, RecipeError
@@ -168,5 +169,9 @@ def _conflicts(strategy: Strategy, base: Base, lora: Lora, train: Train) -> Iter
         if lora.plus_ratio:
             yield Problem(f"cannot be used under {name}", f"remove it, {other}", key="lora.plus_ratio")
     if name == "zero3":
-        fix = "write fsdp2, which divides the same through torch itself"
-        yield Problem("zero3 does not run in this version", fix, key="hardware.strategy")
+        if base.compute_dtype == "float16":
+            fix = f"write bfloat16, {other}"
+            yield Problem("the loss scaling of float16 does not work under zero3", fix, key="base.compute_dtype")
+        if find_spec("deepspeed") is None:
+            fix = "pip install 'lora_tune[zero3]', or write fsdp2, which divides the same through torch itself"
+            yield Problem("zero3 needs DeepSpeed, which is not installed", fix, key="hardware.strategy")

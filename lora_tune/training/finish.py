@@ -16,6 +16,7 @@ from lora_tune.errors import CheckFailed, Problem
 from lora_tune.model.source import BaseSource
 from lora_tune.recipe import Recipe
 from lora_tune.terminal import activity
+from lora_tune.training.place import leave_alone
 from lora_tune.training.room import free_room
 from lora_tune.training.team import here
 
@@ -95,6 +96,7 @@ def _draw_report(
 
 def prove(folder: Path, recipe: Recipe, *, trust_remote_code: str | None) -> None:
     """Load the folder on its base in a fresh process and replay the test vectors. Raises CheckFailed."""
+    leave_alone()  # DeepSpeed's variable as well: that process is alone
     with activity(f"verifying {folder} in a fresh process"):
         command = [sys.executable, "-m", "lora_tune", "adapters", "verify", str(folder)]
         command += ["--base", recipe.base.name, "--json"]

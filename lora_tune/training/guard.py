@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lora_tune.errors import CheckFailed, Problem
-from lora_tune.model.divided import whole
+from lora_tune.model.divided import handle, largest_of, whole
 
 FIRST_WINDOW = 10  # steps whose mean loss later ones are measured against
 DIVERGED_STEPS = 25  # in a row above 1.25 times that mean + 0.25 nats: by chance once in 2^25 starts
@@ -135,8 +135,8 @@ start ({start:.4g} over the first {FIRST_WINDOW} steps) for {DIVERGED_STEPS} ste
 
 
 def largest_weight(trained: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The largest absolute value of these weights, as a tensor; NaN and infinity come through."""
-    return nn.utils.get_total_norm(trained, norm_type=math.inf)
+    """The largest absolute value of these weights on any process, as a tensor; NaN and infinity come through."""
+    return largest_of(trained)
 
 
 def require_finite(model: nn.Module, *, step: int) -> None:
@@ -144,8 +144,8 @@ def require_finite(model: nn.Module, *, step: int) -> None:
 
     Raises: CheckFailed naming the weight.
     """
-    trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-    if trained and not bool(torch.isfinite(whole(largest_weight(trained)))):
+    trained = [handle(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    if trained and not bool(torch.isfinite(largest_weight(trained))):
         where, _ = bad_weight(model) or ("a weight of the adapter is not finite", "")
         raise CheckFailed(Problem(f"step {step} ruined the adapter, and it is not written: {where}", _LOWER))
 
@@ -153,7 +153,7 @@ def require_finite(model: nn.Module, *, step: int) -> None:
 def bad_weight(model: nn.Module) -> tuple[str, str] | None:
     """Which weight holds numbers that are not finite, and what to do: trained ones first, then those of the base."""
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: not pair[1].requires_grad):
-        if parameter.is_floating_point() and not bool(torch.isfinite(whole(parameter.detach())).all()):
+        if parameter.is_floating_point() and not bool(torch.isfinite(whole(handle(parameter))).all()):
             if parameter.requires_grad:
                 return f"the adapter's weight {name} is not finite", _LOWER
             return f"the base's weight {name} is not finite", "take another copy of the base: this one is damaged"

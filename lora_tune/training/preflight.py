@@ -24,7 +24,7 @@ import torch
 from lora_tune.errors import Problem, ResourceError
 from lora_tune.evaluation.losses import BATCH_TOKENS, row_losses
 from lora_tune.model.device import this_machine
-from lora_tune.model.divided import gathered, kept
+from lora_tune.model.divided import gathered, kept, put_back
 from lora_tune.model.generation import generate
 from lora_tune.training import checkpoint, state
 from lora_tune.training.batches import IGNORED
@@ -190,7 +190,7 @@ def _untouched(trainer: RunTrainer) -> Iterator[None]:
         trainer.forget_gradients()
         with torch.no_grad():
             for name, tensor in state.trainable_tensors(model).items():
-                tensor.copy_(weights[name])
+                put_back(tensor, weights[name])
             for name, buffer in model.named_buffers():
                 if name in buffers and buffer.shape == buffers[name].shape:
                     buffer.copy_(buffers[name])
@@ -209,6 +209,7 @@ def _scratch_optimizer(trainer: RunTrainer) -> Iterator[None]:
     try:
         yield
     finally:
+        trainer.optimizer.state.clear()
         trainer.optimizer = trainer.lr_scheduler = None
         trainer._created_lr_scheduler = False
 

@@ -14,12 +14,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import other
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_tune.errors import CheckFailed, Interrupted, Problem, ResourceError
 from lora_tune.interrupts import signal_name
-from lora_tune.model.divided import divide
+from lora_tune.model import zero3
+from lora_tune.model.divided import divide, move_buffers, whole
 from lora_tune.terminal import messages
 from lora_tune.training.batches import EpochSampler, ShareSampler, empty_batch, share_of_step
 from lora_tune.training.budget import Budget, BudgetedTrainer
@@ -27,6 +29,8 @@ from lora_tune.training.guard import require_finite
 from lora_tune.training.replan import Shortage
 from lora_tune.training.signals import SignalWatch
 from lora_tune.training.team import here
+
+other.is_deepspeed_available = lambda: False  # else accelerate imports all of it, a second, in runs without it too
 
 
 class SharedTrainer(BudgetedTrainer):
@@ -38,6 +42,7 @@ class SharedTrainer(BudgetedTrainer):
     _trained: list[nn.Parameter]
     _tr_loss: torch.Tensor
     _agreed: int | None = None
+    parts: zero3.PartsOptimizer | None = None  # under zero3
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 
@@ -95,10 +100,25 @@ class SharedTrainer(BudgetedTrainer):
 
     def divide_model(self) -> None:
         """Each process holds its part of the model, where the strategy divides it."""
-        if self.team.divided:
+        if not self.team.divided:
+            return
+        if self.team.strategy == "zero3":
+            plain = super().create_optimizer()
+            move_buffers(self.model, self.args.device)
+            self.parts = zero3.divide(self.model, plain, max_grad_norm=self.args.max_grad_norm)
+            self.optimizer = None
+            count = sum(1 for _ in self.model.parameters())
+        else:
             count = divide(self.model, device=self.args.device)
-            self.model.hf_device_map = {"": self.args.device}
-            self.report_first(f"fsdp2: all {count} weights are divided over {self.team.world} processes")
+        self.model.hf_device_map = {"": self.args.device}
+        self.report_first(f"{self.team.strategy}: all {count} weights are divided over {self.team.world} processes")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimizer of the divided adapter, which was made with its parts; else transformers' own."""
+        if self.parts is None:
+            return super().create_optimizer(model)
+        self.optimizer = self.parts
+        return self.parts
 
     def report_first(self, line: str) -> None:
         """A line from the first process."""
@@ -111,12 +131,44 @@ class SharedTrainer(BudgetedTrainer):
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
+    def begin_micro_batch(self) -> None:
+        """To be called before every forward pass of the training."""
+        self.team.reached("a micro-batch")
+        if self.parts is not None:
+            self.parts.begin_micro_batch()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The backward pass of a micro-batch; engines that divide take the mean over the processes, not the sum."""
+        if self.parts is not None:
+            self.parts.backward(loss * self.team.world)
+        else:
+            self.accelerator.backward(loss * self.team.world if self.team.divided else loss)
+
+    def clipped_norm(self) -> torch.Tensor:
+        """The norm of the step's gradient, which is clipped then; zero3 clips it within the optimizer's step."""
+        if self.parts is not None:
+            return self.parts.gradient_norm()
+        return whole(self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm))
+
+    def leave_out_step(self) -> None:
+        """The optimizer will step over this step."""
+        for parameter in self._trained:
+            parameter.grad = None
+        if self.parts is not None:
+            self.parts.leaves_out = True
+
+    def forget_gradients(self) -> None:
+        """No parameter has a gradient, nor has any part of one."""
+        if self.parts is not None:
+            self.parts.zero_grad()
+        super().forget_gradients()
+
     def add_up(self) -> None:
         """The gradients and the loss of the step are those of all processes; what each has heard is agreed on."""
         if not self.team.several:
             return
         self.agree()
-        if self.team.divided:  # FSDP has added its gradients up itself
+        if self.team.divided:  # the engine has added the gradients up itself
             self.team.add([self._tr_loss])
             return
         absent = [number for number, parameter in enumerate(self._trained) if parameter.grad is None]

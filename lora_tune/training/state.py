@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_tune.errors import CheckFailed
-from lora_tune.model.divided import as_divided, gathered, whole
+from lora_tune.model.divided import as_divided, assign, gathered, handle, shape_of, whole
+from lora_tune.model.zero3 import PartsOptimizer
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -104,8 +105,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by their full names, detached but not copied."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """The handles of the parameters that are trained, by their full names, not copied."""
+    return {name: handle(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -128,12 +129,12 @@ def set_trainable_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> No
         raise CheckFailed(f"the checkpoint is of another adapter: it and the model differ in {name}", "start a new run")
     for name, parameter in parameters.items():
         stored = tensors[name]
-        if stored.shape != parameter.shape:
-            shapes = f"{tuple(stored.shape)} stored, {tuple(parameter.shape)} in the model"
+        if stored.shape != shape_of(parameter):
+            shapes = f"{tuple(stored.shape)} stored, {tuple(shape_of(parameter))} in the model"
             raise CheckFailed(f"the checkpoint is of another adapter: {name} has shape {shapes}", "start a new run")
         # rows in order: pissa and olora make transposed tensors, and products of those differ in the last bits
         own = stored.to(parameter.device, copy=True, memory_format=torch.contiguous_format)
-        parameter.data = as_divided(own, parameter)
+        assign(parameter, own)
 
 
 def write_optimizer(held: OptimizerState, *, tensors: Path, text: Path) -> None:
@@ -160,7 +161,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> OptimizerState:
     numbers: dict[str, dict[str, Any]] = {}
     on_cpu: list[str] = []
     for index, parameter in enumerate(_parameters(optimizer)):
-        for name, value in optimizer.state.get(parameter, {}).items():
+        for name, value in _states_of(optimizer, parameter).items():
             if isinstance(value, Tensor):
                 named[f"{index}.{name}"] = whole(value)
                 if value.device.type == "cpu" and parameter.device.type != "cpu":
@@ -195,9 +196,19 @@ def read_optimizer(optimizer: torch.optim.Optimizer, *, tensors: Path, text: Pat
     for key, tensor in named.items():
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
-        optimizer.state[parameter][name] = tensor if key in on_cpu else as_divided(tensor, parameter)
-    for index, values in stored["numbers"].items():
+        if isinstance(optimizer, PartsOptimizer):
+            optimizer.take_state(parameter, name, tensor)
+        else:
+            optimizer.state[parameter][name] = tensor if key in on_cpu else as_divided(tensor, parameter)
+    for index, values in stored["numbers"].items() if not isinstance(optimizer, PartsOptimizer) else ():
         optimizer.state[parameters[int(index)]].update(values)
+
+
+def _states_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Mapping[str, Any]:
+    if isinstance(optimizer, PartsOptimizer):
+        return optimizer.whole_states(parameter)
+    found: Mapping[str, Any] = optimizer.state.get(parameter, {})
+    return found
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -29,7 +29,6 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_tune.errors import DataError
 from lora_tune.interrupts import Stop
-from lora_tune.model.divided import whole
 from lora_tune.model.kernels.fuse import fuse
 from lora_tune.model.kernels.loss_head import find_head
 from lora_tune.model.methods import cast_inputs
@@ -257,9 +256,9 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         if not model.training:
             model.train()
         inputs = self._prepare_inputs(inputs)
-        self.team.reached("a micro-batch")
+        self.begin_micro_batch()
         loss = self.compute_loss(model, inputs, num_items_in_batch=divisor)
-        self.accelerator.backward(loss * self.team.world if self.team.divided else loss)  # FSDP takes the mean
+        self.backward(loss)
         self._micro_losses.append(loss.detach())
         return loss.detach()
 
@@ -277,20 +276,19 @@ class RunTrainer(SharedTrainer, SFTTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         self.add_up()
-        return whole(self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm))
+        return self.clipped_norm()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | None = None) -> float:
         """The norm as a number, after the check that this step may be taken: the one host sync of a step."""
         measured = self._clip_grad_norm(model) if grad_norm is None else grad_norm
-        numbers = torch.stack([self._tr_loss.float(), measured.float(), whole(largest_weight(self._trained)).float()])
+        numbers = torch.stack([self._tr_loss.float(), measured.float(), largest_weight(self._trained).float()])
         loss, norm, weight = numbers.tolist()
         scaler = self.accelerator.scaler
         scaled = scaler is not None and scaler.get_scale() >= 1
         step = StepNumbers(self.state.global_step + 1, loss, norm, weight, scaled)
         if not self.guard.admits(step, rows=self._rows_to_blame):
             self._tr_loss.zero_()
-            for parameter in self._trained:
-                parameter.grad = None  # what the optimizer steps over
+            self.leave_out_step()
         return norm
 
     def _rows_to_blame(self) -> str:

@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 
 from lora_tune.errors import ResourceError, UsageError
+from lora_tune.imports import is_in_use, quick_imports
 from lora_tune.model import hub
 from lora_tune.model.base_config import check_trust, stored_bits
-from lora_tune.model.imports import is_in_use
 from lora_tune.model.kernels.choice import dequantize
 from lora_tune.model.source import BaseSource
 from lora_tune.model.weights import tensor_infos
@@ -77,7 +77,8 @@ def load_base(
 
 
 def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool, divided: bool) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    with quick_imports():
+        from transformers import AutoModelForCausalLM
 
     where = f"base {source.name!r}"
     settings: dict[str, Any] = {

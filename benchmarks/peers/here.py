@@ -20,7 +20,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks.peers.protocol import Job, Turns, given, rows_of, same_start, waits
+from benchmarks.peers.protocol import Job, Turns, given, labelled, rows_of, same_start, waits
+from lora_tune.recipe import Base, Lora, Train
 from lora_tune.training.batches import EpochSampler
 
 
@@ -64,11 +65,28 @@ def raw(folder: Path, job: Job, turns: Turns) -> None:
     turns.finish()
 
 
+def floor(folder: Path, job: Job, turns: Turns) -> None:
+    """The base alone: forward, and the gradient of the embeddings' output; no adapter, nothing is trained.
+
+    What no training through this base can do without, in the base's own modules.
+    """
+    model = plain_model(folder, job).unload().train().requires_grad_(False)
+    model.enable_input_require_grads()
+    rows = torch.tensor(rows_of(folder), device=model.device)
+    for number in range(job.steps):
+        turns.begin()
+        ids = rows[number * job.batch : (number + 1) * job.batch]
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        turns.loss(loss.item())
+    turns.finish()
+
+
 def trl(folder: Path, job: Job, turns: Turns) -> None:
     """SFTTrainer with the same model and rows, in bfloat16, without recomputation."""
     from trl import SFTConfig, SFTTrainer
 
-    rows = Dataset.from_list([{"input_ids": row, "labels": row} for row in rows_of(folder)])
+    rows = Dataset.from_list(labelled(folder)).remove_columns("attention_mask")
     args = SFTConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=job.batch, max_steps=job.steps,
         learning_rate=job.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
@@ -92,40 +110,55 @@ class InOrder(EpochSampler):
         return list(range(self.rows))
 
 
-def ours(folder: Path, job: Job, turns: Turns, *, kernels: str) -> None:
-    """The trainer of `lora-tune run`, with all of its accounting; adapters in float32 as in a run."""
-    from lora_tune.model.base import load_base
-    from lora_tune.model.methods import attach
-    from lora_tune.model.source import find_base
-    from lora_tune.recipe import Base, Lora, Train
-    from lora_tune.training import trainer as training
-
-    quantize: Any = "nf4" if job.method == "qlora" else "none"
-    base = Base(name=str(folder / "base"), quantize=quantize, compute_dtype="bfloat16")
-    lora = Lora(rank=job.rank, alpha=job.alpha)
-    train = Train(
+def train_section(job: Job, *, kernels: str, checkpointing: str = "none") -> Train:
+    """The recipe's `train` section for this job."""
+    return Train(
         max_steps=job.steps, batch_size=job.batch, micro_batch_size=job.batch, max_length=job.length, warmup=0,
-        packing=False, learning_rate=job.learning_rate, schedule="constant", gradient_checkpointing="none",
+        packing=False, learning_rate=job.learning_rate, schedule="constant", gradient_checkpointing=checkpointing,
         optimizer="adamw", kernels=kernels,
     )  # fmt: skip
-    rows = rows_of(folder)
-    dataset = Dataset.from_list([{"input_ids": row, "labels": row, "seq_lengths": [len(row)]} for row in rows])
+
+
+def base_section(folder: Path, job: Job) -> Base:
+    """The recipe's `base` section for this job."""
+    quantize: Any = "nf4" if job.method == "qlora" else "none"
+    return Base(name=str(folder / "base"), quantize=quantize, compute_dtype="bfloat16")
+
+
+def ours(folder: Path, job: Job, out: Path, *, train: Train) -> Any:
+    """The trainer of `lora-tune run`, with all of its accounting; adapters in float32 as in a run."""
+    from lora_tune.model.base import checkpoint_layers, load_base
+    from lora_tune.model.methods import attach
+    from lora_tune.model.source import find_base
+    from lora_tune.training import trainer as training
+
+    base, lora = base_section(folder, job), Lora(rank=job.rank, alpha=job.alpha)
+    columns = [{**row, "seq_lengths": [len(row["labels"])]} for row in labelled(folder)]
+    dataset = Dataset.from_list(columns).remove_columns("attention_mask")
     source = find_base(base)
     model = attach(load_base(source, base), lora, source=source, base=base, seed=3)
+    checkpoint_layers(model, train.gradient_checkpointing)
     same_start(model, job.rank)
     chat: Any = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder / "base"), align=lambda model: None)
+    trainer = training.build(model, dataset, train=train, evaluation=None, seed=3, folder=out, chat=chat)
+    trainer._sampler = InOrder(len(dataset), seed=3)
+    return trainer
+
+
+def our_side(folder: Path, job: Job, turns: Turns, *, kernels: str) -> None:
+    """Train in turns."""
     with tempfile.TemporaryDirectory() as out:
-        trainer = training.build(model, dataset, train=train, evaluation=None, seed=3, folder=Path(out), chat=chat)
-        trainer._sampler = InOrder(len(rows), seed=3)
+        trainer = ours(folder, job, Path(out), train=train_section(job, kernels=kernels))
         trainer.add_callback(waits(turns, TrainerCallback))
         trainer.train()
 
 
 SIDES: dict[str, Callable[[Path, Job, Turns], None]] = {
     "raw": raw,
+    "floor": floor,
     "trl": trl,
-    "lora_tune": lambda folder, job, turns: ours(folder, job, turns, kernels="auto"),
-    "unfused": lambda folder, job, turns: ours(folder, job, turns, kernels="off"),
+    "lora_tune": lambda folder, job, turns: our_side(folder, job, turns, kernels="auto"),
+    "unfused": lambda folder, job, turns: our_side(folder, job, turns, kernels="off"),
 }
 
 if __name__ == "__main__":

@@ -126,10 +126,9 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 def peak_mib() -> float:
     """The most memory so far: of the card where there is one, else resident."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 2**20
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return float(torch.cuda.max_memory_reserved() / 2**20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -143,9 +142,18 @@ def given() -> tuple[str, Path, Job]:
 
 
 def rows_of(folder: Path) -> list[list[int]]:
-    """The token rows, in the order in which every tool trains them; every token is trained."""
+    """The token rows, in the order in which every tool trains them."""
     found: list[list[int]] = json.loads((folder / "rows.json").read_text())
     return found
+
+
+def labelled(folder: Path) -> list[dict[str, list[int]]]:
+    """The rows for a trainer: every token is trained but a row's first, which has nothing before it.
+
+    Some tools would count that one in the divisor of the loss, and others not.
+    """
+    rows = rows_of(folder)
+    return [{"input_ids": row, "attention_mask": [1] * len(row), "labels": [-100, *row[1:]]} for row in rows]
 
 
 def stay_home() -> dict[str, str]:

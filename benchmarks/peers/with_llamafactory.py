@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict
 from llamafactory.train.tuner import run_exp
 from transformers import TrainerCallback
 
-from benchmarks.peers.protocol import TARGETS, Job, Turns, given, rows_of, same_start, waits
+from benchmarks.peers.protocol import TARGETS, Job, Turns, given, labelled, same_start, waits
 
 
 class Starts(TrainerCallback):
@@ -26,8 +26,7 @@ def main() -> None:
     _, folder, job = given()
     turns = Turns(("llamafactory", "trl"))
     torch.set_num_threads(job.threads)
-    rows = rows_of(folder)
-    table = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows])
+    table = Dataset.from_list(labelled(folder))
     place = folder / "llamafactory"
     DatasetDict({"train": table}).save_to_disk(str(place / "rows"))
     four_bit = {"quantization_bit": 4, "quantization_type": "nf4", "double_quantization": True}

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.peers.protocol import TARGETS, Turns, given, rows_of, same_start, waits
+from benchmarks.peers.protocol import TARGETS, Turns, given, labelled, same_start, waits
 
 
 def main() -> None:
@@ -25,7 +25,6 @@ def main() -> None:
         use_gradient_checkpointing=False, random_state=3,
     )  # fmt: skip
     same_start(model, job.rank)
-    rows = rows_of(folder)
     args = SFTConfig(
         output_dir=str(folder / "unsloth"), per_device_train_batch_size=job.batch, max_steps=job.steps,
         learning_rate=job.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
@@ -34,7 +33,7 @@ def main() -> None:
         dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False, shuffle_dataset=False,
         train_sampling_strategy="sequential",
     )  # fmt: skip
-    dataset = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows])
+    dataset = Dataset.from_list(labelled(folder))
     trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

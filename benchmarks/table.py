@@ -1,0 +1,119 @@
+"""The README's table of speeds, made from what is kept in `results/`:  python -m benchmarks.table [--write]
+
+Reads `step_small_lora.json`, `step_small_qlora.json`, `start.json`, `data.json` and `memory_small.json`. What has no
+file is called unmeasured. `--write` keeps the tables as `results/side_by_side.md`; a test compares that file with
+what this makes, and the README with the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import RESULTS
+
+TABLE = RESULTS / "side_by_side.md"
+NAMES = {"lora_tune": "**lora_tune**", "raw": "raw PEFT loop", "trl": "TRL", "unsloth": "Unsloth (CPU mode)",
+         "llamafactory": "LLaMA-Factory", "unfused": "lora_tune, `kernels: off`",
+         "floor": "frozen base alone"}  # fmt: skip
+PACKAGES = {"lora_tune": "lora_tune", "trl": "trl", "raw": "peft", "unsloth": "unsloth", "llamafactory": "llamafactory"}
+METHODS = {"lora": "LoRA, bf16", "qlora": "QLoRA, nf4"}
+
+
+def kept(name: str, folder: Path) -> dict[str, Any] | None:
+    """A result, or None where nobody measured it."""
+    path = folder / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def lines_of(columns: list[str], rows: Iterator[list[str]]) -> list[str]:
+    """A Markdown table."""
+    return ["| " + " | ".join(line) + " |" for line in (columns, ["---"] * len(columns), *rows)]
+
+
+def step_rows(folder: Path) -> Iterator[list[str]]:
+    """Tool by tool, the fastest first."""
+    for method, words in METHODS.items():
+        found = kept(f"step_small_{method}.json", folder)
+        if found is None:
+            yield [words, "unmeasured", "–", "–", "–", "–", "–", "–"]
+            continue
+        raw = next(row["tokens_per_cpu_s"] for row in found["rows"] if row["tool"] == "raw")
+        for row in sorted(found["rows"], key=lambda row: -row["tokens_per_cpu_s"]):
+            number = found["versions"][row["tool"]].get(PACKAGES.get(row["tool"], ""), "")
+            yield [words, f"{NAMES[row['tool']]} {number}".strip(), f"{row['tokens_per_cpu_s']:,.0f}",
+                   f"{row['tokens_per_cpu_s'] / raw:.2f}", f"{row['tokens_per_s']:,.0f}", f"{row['peak_mib']:,.0f}",
+                   f"{row['first_step_s']:.1f}", f"{row['final_loss']:.3f}"]  # fmt: skip
+        for tool in found["left_out"]:
+            yield [words, NAMES[tool], "does not run", "–", "–", "–", "–", "–"]
+
+
+def other_rows(folder: Path) -> Iterator[list[str]]:
+    """Start, data and memory."""
+    start, data = kept("start.json", folder), kept("data.json", folder)
+    if start is None:
+        yield ["start", "unmeasured", ""]
+    for row in start["rows"] if start else []:
+        bound = f"bound {row['bound_s']:g} s" if row["bound_s"] else ""
+        yield [f"`lora-tune`: {row['what']}", f"{row['best_s']:.2f} s ({row['best_cpu_s']:.2f} s of CPU)", bound]
+    if data is None:
+        yield ["file to packed rows", "unmeasured", ""]
+    for row in data["rows"] if data else []:
+        cached = f"again, from the cache: {row['cached_s']:.2f} s" if "cached_s" in row else "beside it"
+        speed = f"{row['rows_per_s']:,} rows/s, {row['rows_per_cpu_s']:,} per CPU-second"
+        yield [f"file to packed rows, {NAMES[row['tool']]}", speed, cached]
+
+
+def memory_rows(folder: Path) -> Iterator[list[str]]:
+    """Peak beside plan and minimum."""
+    found = kept("memory_small.json", folder)
+    if found is None:
+        yield ["unmeasured", "–", "–", "–", "–"]
+    for row in found["rows"] if found else []:
+        name = f"{METHODS[row['method']]}, {'fused' if row['kernels'] == 'auto' else 'PEFT’s path'}"
+        name += ", recomputed" if row["checkpointing"] == "all" else ""
+        yield [name, f"{row['measured_gib']:.2f}", f"{row['planned_gib']:.2f} ± {row['uncertain_gib']:.2f}",
+               f"{row['minimum_gib']:.2f}", f"{row['measured_over_minimum']:.2f}"]  # fmt: skip
+
+
+def measured_on(folder: Path) -> str:
+    """Machine, libraries and commit of every result."""
+    said = []
+    for name in ("step_small_lora", "step_small_qlora", "start", "data", "memory_small"):
+        if found := kept(f"{name}.json", folder):
+            on = found["machine"]
+            said.append(f"{name}: {on['processor']}, {on['cores']} cores, load {on['load_before']}, {on['commit']}")
+    return "; ".join(said)
+
+
+def text(folder: Path = RESULTS) -> str:
+    """All tables in Markdown."""
+    steps = ["base", "tool", "tokens per CPU-second, 1 thread", "x raw", "tokens/s, 2 threads", "peak MiB",
+             "first step after, s", "loss at the end"]  # fmt: skip
+    memory = ["case", "peak, GiB", "planned", "minimum", "peak / minimum"]
+    parts = [
+        "# Speed and memory, side by side\n\nMade by `python -m benchmarks.table --write` from the files beside it.",
+        "\n".join(lines_of(steps, step_rows(folder))),
+        "\n".join(lines_of(["what", "measured", ""], other_rows(folder))),
+        "\n".join(lines_of(memory, memory_rows(folder))),
+        measured_on(folder),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def main() -> None:
+    """Print the tables, or keep them."""
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    made = text()
+    if parser.parse_args().write:
+        TABLE.write_text(made, encoding="utf-8")
+    print(made)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,6 +56,7 @@ ADDRESSES = {
     "triton": {f"lora_tune.model.kernels.triton_{name}" for name in ("dequantize", "gated", "loss", "norm", "rope")}
     | {"lora_tune.model.kernels.readiness"},
     "llguidance": {"lora_tune.serving.grammar"},
+    "deepspeed": {"lora_tune.model.zero3"},
     "optuna": {"lora_tune.training.sweep_study"},
     "uvicorn": {"lora_tune.serving.http_server"},
     "prompt_toolkit": {"lora_tune.serving.chat_prompt"},

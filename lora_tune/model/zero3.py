@@ -39,6 +39,7 @@ def divide(model: nn.Module, plain: torch.optim.Optimizer, *, max_grad_norm: flo
     groups = [{**group, "params": list(group["params"])} for group in plain.param_groups]
     trained = [parameter for group in groups for parameter in group["params"]]
     _check(model, trained)
+    _read_anew(model)
     plain.param_groups[:] = [group for group in plain.param_groups if group["params"]]
     layer = _largest_layer(model)
     stage = _stage3()(
@@ -78,6 +79,40 @@ def _check(model: nn.Module, trained: Sequence[Tensor]) -> None:
         raise CheckFailed(f"zero3 does not divide experts that are called one by one, got {experts[0]}", _OTHER)
 
 
+class _Product(torch.autograd.Function):
+    """x @ W.T for a frozen W that is read in the forward and again in the backward pass, and kept in neither."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, read: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.read = read
+        return x @ read(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient @ ctx.read(gradient.dtype), None
+
+
+def _read_anew(model: nn.Module) -> None:
+    """Let 4-bit layers ask for their weights in the backward pass again, when DeepSpeed has put them together again.
+
+    bitsandbytes keeps a view of them from the forward pass on, and with it the whole base on every card.
+    """
+    from lora_tune.model.base import linear4bit_modules, weight_reader
+
+    for _, module in linear4bit_modules(model):
+        read = weight_reader(module)
+        assert read is not None  # as it is for every 4-bit layer
+        module.forward = partial(_forward, module, module.forward, read)
+
+
+def _forward(module: Any, own: Callable[[Tensor], Tensor], read: Callable[[torch.dtype], Tensor], x: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return own(x)
+    dtype = module.compute_dtype or x.dtype
+    y = _Product.apply(x.to(dtype), read)
+    return (y if module.bias is None else y + module.bias.to(dtype)).to(x.dtype)
+
+
 def _largest_layer(model: nn.Module) -> int:
     """Numbers in the largest decoder layer, as they are stored."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -115,7 +150,7 @@ class PartsOptimizer(torch.optim.Optimizer):
         self.leaves_out = False  # the next step
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step on each process' parts, clipped; nothing where the step is to be left out."""
         if not self.leaves_out:
             full = [group for group in self.param_groups if group["params"]]

@@ -1,7 +1,7 @@
 """Steps of several tools side by side: same model, rows, adapter start and optimizer, interleaved in one run.
 
     python -m benchmarks.step [--shape small|8b] [--method lora|qlora] [--against raw,trl,unsloth,llamafactory]
-                              [--batch 4] [--length 256] [--rounds 11] [--json [FILE]] [--write]
+                              [--batch 4] [--length 256] [--rounds 11] [--recompute all] [--json [FILE]] [--write]
 
 Each tool is a process of its own that waits for its turn: on a CPU they take one step after the other, so that a busy
 machine disturbs all alike, and the median of a tool's steps counts; on a GPU, where two do not fit, one tool runs after
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ OWN_ENVIRONMENT = {"unsloth": "benchmarks.peers.with_unsloth", "llamafactory": "
 PEERS = Path(os.environ.get("LORA_TUNE_PEERS", ROOT.parent / "peers"))
 TOLERANCE = 0.01
 WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a side is started: the command, and folders of packages that only it sees."""
+
+    command: list[str]
+    packages: tuple[str, ...] = ()
 
 
 class LeftOut(Exception):
@@ -80,26 +89,32 @@ def write_rows(folder: Path, shape: str, *, rows: int, length: int) -> None:
     (folder / "rows.json").write_text(json.dumps(drawn))
 
 
-def command_of(tool: str, peers: Path) -> list[str]:
-    """How a side is started.
+def start_of(tool: str, peers: Path) -> Start:
+    """How a side is started: `peers/TOOL` is an environment, or a folder of packages (`pip install --target`).
 
     Raises:
         LeftOut: its environment is not there.
     """
     if tool not in OWN_ENVIRONMENT:
-        return [sys.executable, "-m", "benchmarks.peers.here", tool]
+        return Start([sys.executable, "-m", "benchmarks.peers.here", tool])
     python = peers / tool / "bin" / "python"
-    if not python.exists():
-        raise LeftOut(f"there is no {python}; benchmarks/peers/README.md says how to install it")
-    return [str(python), "-m", OWN_ENVIRONMENT[tool], tool]
+    if python.exists():
+        return Start([str(python), "-m", OWN_ENVIRONMENT[tool], tool])
+    if (peers / tool / tool).is_dir():  # the tool's own package
+        return Start([sys.executable, "-m", OWN_ENVIRONMENT[tool], tool], (str(peers / tool),))
+    raise LeftOut(f"there is no {python}; benchmarks/peers/README.md says how to install it")
 
 
 class Side:
     """One tool in its process, paused between its steps."""
 
     def __init__(self, name: str, folder: Path, *, threads: int, peers: Path) -> None:
-        command = [*command_of(name, peers), "--folder", str(folder)]
-        several = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        start = start_of(name, peers)
+        command = [*start.command, "--folder", str(folder)]
+        several = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        # what the caller has on its path (packages of an offline machine) stays behind the side's own
+        given = [] if start.command[0] != sys.executable else os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        several["PYTHONPATH"] = os.pathsep.join([str(ROOT), *start.packages, *filter(None, given)])
         self.name = name
         self.steps: list[dict[str, float]] = []
         self.versions: dict[str, str] = {}
@@ -199,24 +214,28 @@ def row_of(name: str, one: Side, two: Side, job: Job, *, raw: Side | None) -> di
 
 
 def measure(
-    names: Sequence[str], *, shape: str, job: Job, threads: Sequence[int] = (1, 2), peers: Path = PEERS
-) -> dict[str, Any]:
-    """Both passes; `{machine, versions, shape, method, …, rows, left_out}`.
+    names: Sequence[str], *, shape: str, job: Job, threads: Sequence[int] = (1, 2), peers: Path = PEERS,
+    base: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Both passes; `{machine, versions, shape, method, …, rows, left_out}`. `base` is made once and kept there.
 
     Raises:
-        SystemExit: lora_tune itself or the raw loop did not run.
+        SystemExit: lora_tune itself did not run, or on a CPU the raw loop (a card may be too small for it).
     """
     left_out: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="step-") as name:
         folder = Path(name)
-        write_base(folder / "base", shape)
+        if base is None or not (base / "config.json").exists():
+            write_base(base or folder / "base", shape)
+        if base is not None:
+            (folder / "base").symlink_to(base.resolve(), target_is_directory=True)
         write_rows(folder, shape, rows=job.batch * job.steps, length=job.length)
         passes = []
         for count in threads:
             here = [tool for tool in names if tool not in left_out]
             this = Job(**{**vars(job), "threads": count})
             passes.append(one_pass(here, folder, this, peers=peers, left_out=left_out))
-    for tool in HERE:
+    for tool in HERE[:1] if machine()["gpu"] else HERE:
         if tool in left_out:
             raise SystemExit(f"{tool}: {left_out[tool]}")
     one, two = passes[0], passes[-1]
@@ -226,6 +245,7 @@ def measure(
         "versions": {row["tool"]: row.pop("versions") for row in rows},
         "shape": shape, "method": job.method, "tokens_of_a_step": job.batch * job.length, "batch": job.batch,
         "length": job.length, "rank": job.rank, "steps": job.steps, "threads": list(threads), "tolerance": TOLERANCE,
+        "recompute": job.recompute,
         "rows": rows, "left_out": left_out,
     }  # fmt: skip
 
@@ -256,6 +276,8 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=256, help="tokens of a row")
     parser.add_argument("--rounds", type=int, default=11, help="steps that count, besides three that do not")
     parser.add_argument("--threads", default="1,2", help="of the two passes; one number: one pass")
+    parser.add_argument("--recompute", choices=("none", "all"), default="none", help="activations of all layers")
+    parser.add_argument("--base", type=Path, help="a folder for the random base, made if it is empty, and kept")
     parser.add_argument("--peers", type=Path, default=PEERS)
     parser.add_argument("--json", nargs="?", const="-", help="print the result as one object, or keep it in a file")
     parser.add_argument("--write", action="store_true", help="keep it as benchmarks/results/step_SHAPE_METHOD.json")
@@ -263,10 +285,11 @@ def main() -> int:
     against = given.against.split(",")
     if unknown := [name for name in against if name not in (*HERE, *OWN_ENVIRONMENT)]:
         parser.error(f"--against knows {', '.join((*HERE[1:], *OWN_ENVIRONMENT))}, got {', '.join(unknown)}")
-    job = Job(given.method, given.rounds + WARM_UP + 1, 1, batch=given.batch, length=given.length)
+    steps = given.rounds + WARM_UP + 1
+    job = Job(given.method, steps, 1, batch=given.batch, length=given.length, recompute=given.recompute)
     threads = [int(count) for count in given.threads.split(",")]
     names = list(dict.fromkeys(["lora_tune", *against]))
-    result = measure(names, shape=given.shape, job=job, threads=threads, peers=given.peers)
+    result = measure(names, shape=given.shape, job=job, threads=threads, peers=given.peers, base=given.base)
     text = json.dumps(result, indent=1)
     print(text if given.json == "-" else said(result))
     if given.json and given.json != "-":

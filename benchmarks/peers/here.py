@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from benchmarks.peers.protocol import Job, Turns, given, labelled, rows_of, same_start, waits
+from lora_tune.model.base import checkpoint_layers
 from lora_tune.recipe import Base, Lora, Train
 from lora_tune.training.batches import EpochSampler
 
@@ -44,6 +45,7 @@ def plain_model(folder: Path, job: Job) -> Any:
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
     same_start(model, job.rank)
+    checkpoint_layers(model, job.recompute)
     return model.cuda() if torch.cuda.is_available() else model
 
 
@@ -91,7 +93,8 @@ def trl(folder: Path, job: Job, turns: Turns) -> None:
         output_dir=str(folder / "trl"), per_device_train_batch_size=job.batch, max_steps=job.steps,
         learning_rate=job.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
         optim="adamw_torch_fused", logging_steps=1, save_strategy="no", report_to=[], max_length=None,
-        gradient_checkpointing=False, bf16=True, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+        gradient_checkpointing=job.recompute == "all", bf16=True, use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False, shuffle_dataset=False,
         train_sampling_strategy="sequential",
     )  # fmt: skip
@@ -127,7 +130,8 @@ def base_section(folder: Path, job: Job) -> Base:
 
 def ours(folder: Path, job: Job, out: Path, *, train: Train) -> Any:
     """The trainer of `lora-tune run`, with all of its accounting; adapters in float32 as in a run."""
-    from lora_tune.model.base import checkpoint_layers, load_base
+    from lora_tune.model.attention import use_varlen
+    from lora_tune.model.base import load_base
     from lora_tune.model.methods import attach
     from lora_tune.model.source import find_base
     from lora_tune.training import trainer as training
@@ -139,6 +143,7 @@ def ours(folder: Path, job: Job, out: Path, *, train: Train) -> Any:
     model = attach(load_base(source, base), lora, source=source, base=base, seed=3)
     checkpoint_layers(model, train.gradient_checkpointing)
     same_start(model, job.rank)
+    use_varlen(model, base)
     chat: Any = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(folder / "base"), align=lambda model: None)
     trainer = training.build(model, dataset, train=train, evaluation=None, seed=3, folder=out, chat=chat)
     trainer._sampler = InOrder(len(dataset), seed=3)
@@ -148,7 +153,7 @@ def ours(folder: Path, job: Job, out: Path, *, train: Train) -> Any:
 def our_side(folder: Path, job: Job, turns: Turns, *, kernels: str) -> None:
     """Train in turns."""
     with tempfile.TemporaryDirectory() as out:
-        trainer = ours(folder, job, Path(out), train=train_section(job, kernels=kernels))
+        trainer = ours(folder, job, Path(out), train=train_section(job, kernels=kernels, checkpointing=job.recompute))
         trainer.add_callback(waits(turns, TrainerCallback))
         trainer.train()
 

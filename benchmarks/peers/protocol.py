@@ -39,6 +39,8 @@ class Job:
     rank: int = 16
     alpha: int = 32
     learning_rate: float = 1e-3
+    recompute: str = "none"
+    """none, or all: every layer is computed again in the backward pass (a card that cannot keep activations)."""
 
     def write(self, folder: Path) -> None:
         """Leave it in the folder of a measurement."""
@@ -50,12 +52,15 @@ class Turns:
 
     def __init__(self, packages: Sequence[str] = ()) -> None:
         self._cpu = self._wall = self._loss = 0.0
-        self._open = False
+        self._open, self._began = False, False
         say("VERSIONS", versions((*LIBRARIES, *packages)))
 
     def begin(self) -> None:
-        """Say what the step before took, and wait for the turn."""
+        """Say what the step before took, and wait for the turn; of a card, memory counts from the first turn on."""
         self.finish()
+        if not self._began:
+            self._began = True
+            forget_loading()
         if not sys.stdin.readline():
             raise SystemExit
         self._cpu, self._wall, self._open = time.process_time(), time.perf_counter(), True
@@ -122,6 +127,15 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def forget_loading() -> None:
+    """What loading took of a card for a moment is no part of a training's peak; every tool gives it back."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_mib() -> float:

@@ -22,14 +22,15 @@ def main() -> None:
     )
     model = FastLanguageModel.get_peft_model(
         model, r=job.rank, lora_alpha=job.alpha, target_modules=list(TARGETS), lora_dropout=0, bias="none",
-        use_gradient_checkpointing=False, random_state=3,
+        use_gradient_checkpointing="unsloth" if job.recompute == "all" else False, random_state=3,
     )  # fmt: skip
     same_start(model, job.rank)
     args = SFTConfig(
         output_dir=str(folder / "unsloth"), per_device_train_batch_size=job.batch, max_steps=job.steps,
         learning_rate=job.learning_rate, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
         optim="adamw_torch_fused", logging_steps=1, save_strategy="no", report_to="none", max_length=None,
-        gradient_checkpointing=False, bf16=True, use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
+        gradient_checkpointing=job.recompute == "all", bf16=True, use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
         dataset_kwargs={"skip_prepare_dataset": True}, dataloader_pin_memory=False, shuffle_dataset=False,
         train_sampling_strategy="sequential",
     )  # fmt: skip

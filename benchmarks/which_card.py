@@ -4,7 +4,7 @@
     python -m benchmarks.which_card --write    write it there
 
 For each model and each size of memory: the longest sequence, a power of two, with which `lora-tune plan` fits a batch
-of 16 (rank 16 on all linear layers, everything else at `auto`), for a base held in nf4 and, behind the stroke, in
+of 2 (rank 16 on all linear layers, everything else at `auto`), for a base held in nf4 and, behind the stroke, in
 bfloat16. A dash: not even 256 tokens.
 """
 
@@ -54,7 +54,7 @@ def table() -> str:
     """The table in Markdown, with what it means above it."""
     head = """\
 Longest sequence (tokens) that `lora-tune plan` fits on a card of this much memory, on which nothing else runs: base in
-`nf4`, behind the stroke in bfloat16; rank 16 on all linear layers, batch of 16, packed, the rest at `auto`. 32k is the
+`nf4`, behind the stroke in bfloat16; rank 16 on all linear layers, batch of 2, packed, the rest at `auto`. 32k is the
 longest that was tried, – is less than 256. Made by `python -m benchmarks.which_card --write`; planned, not measured.
 """
     lines = ["| model | " + " | ".join(f"{gib} GiB" for gib in SIZES_GIB) + " |", "|---" * (len(SIZES_GIB) + 1) + "|"]

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from lora_tune.recipe_values import (
     Amount,
     AutoCount,
+    AutoRate,
     Checkpointing,
     Count,
     Duration,
@@ -166,8 +167,8 @@ class Train(Section):
     """Stop after this many optimizer steps, whatever `epochs` says."""
     budget: Duration | None = None
     """Train for this long (45s, 90m, 1h30m) instead of `epochs`: the learning rate ends at the deadline."""
-    learning_rate: Positive = 2e-4
-    """Peak learning rate."""
+    learning_rate: AutoRate = "auto"
+    """Peak learning rate; auto: 2e-4 at a width (hidden size) of 4,096, and in inverse proportion to it."""
     schedule: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt"] = "cosine"
     """How the learning rate falls after the warm-up."""
     warmup: Amount = "3%"
@@ -180,8 +181,8 @@ class Train(Section):
         "auto", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "adafactor", "lion_8bit", "sgd"
     ] = "auto"
     """auto: adamw; on a GPU adamw_8bit where nothing fits without it."""
-    batch_size: Count = 16
-    """Sequences per optimizer step (packed rows where packing is on)."""
+    batch_size: Count = 2
+    """Sequences per optimizer step (packed rows where packing is on); few rows are learned best in small steps."""
     micro_batch_size: AutoCount = "auto"
     """Sequences per forward pass; accumulation is batch_size / micro_batch_size. auto: the fastest that fits."""
     max_length: Annotated[int, Field(ge=2, lt=2**31)] = 2048

@@ -33,7 +33,6 @@ _BOUNDS = {
     "less_than_equal": ("le", "must be at most {}"),
 }
 _WHY = {  # a bound and its reason
-    "train.learning_rate": "with 0 nothing would be learned; the default is 2e-4",
     "train.epochs": "with 0 nothing would be trained; the default is 1",
     "train.max_length": "in fewer than 2 tokens nothing would be predicted; the default is 2048",
 }

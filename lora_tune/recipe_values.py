@@ -84,6 +84,14 @@ def _auto_or_count(value: Any) -> Any:
     raise refuse("must be a whole number, at least 1 or auto")
 
 
+def _auto_or_rate(value: Any) -> Any:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value == "auto" or (number and 0 < value < 1e300):
+        return value if value == "auto" else float(value)
+    fix = "with 0 nothing would be learned; the default is auto" if number and value <= 0 else ""
+    raise refuse("must be a number above 0 or auto", fix)
+
+
 def _checkpointing(value: Any) -> Any:
     if value in ("auto", "all", "none") or _is_count(value, 0):
         return value
@@ -152,6 +160,11 @@ HoldOut = Annotated[
     int | str, BeforeValidator(_hold_out), _schema({"type": "integer", "minimum": 0}, {"type": "string"})
 ]
 AutoCount = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_count), _schema({"const": "auto"}, _COUNT)]
+AutoRate = Annotated[
+    float | Literal["auto"],
+    BeforeValidator(_auto_or_rate),
+    _schema({"const": "auto"}, {"type": "number", "exclusiveMinimum": 0}),
+]
 Checkpointing = Annotated[
     int | Literal["auto", "all", "none"],
     BeforeValidator(_checkpointing),

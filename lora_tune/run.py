@@ -15,6 +15,7 @@ from lora_tune.adapter.claim import Mode, claim_folder
 from lora_tune.adapter.folder import Manifest, read_manifest
 from lora_tune.disk import disk_text
 from lora_tune.errors import Problem, RecipeError, UsageError
+from lora_tune.model.rate import learning_rate
 from lora_tune.model.source import BaseSource, check_against_base, find_base, load_tokenizer
 from lora_tune.recipe import Recipe, Train
 from lora_tune.recipe_file import RecipeFile, read_recipe
@@ -184,6 +185,9 @@ def _resolve(recipe: Recipe, source: BaseSource, *, start: Start) -> tuple[Recip
         plans = here().gather((plan.resolved, plan.reason))
         changes, reason = min(plans, key=lambda found: found[0]["micro_batch_size"])
         messages().print(reason)
+        if recipe.train.learning_rate == "auto":
+            messages().print(f"learning rate {learning_rate(recipe.train, source.config):g}, by the width of the base")
+    changes.setdefault("learning_rate", learning_rate(recipe.train, source.config))
     train = Train.model_validate(recipe.train.model_dump() | changes)
     return recipe.model_copy(update={"train": train}), reason
 
@@ -225,7 +229,7 @@ def _train(
     facts = RunFacts(
         identity=start.identity,
         allowed=start.allowed,
-        resolved=train.model_dump(include={"micro_batch_size", "gradient_checkpointing", "optimizer"})
+        resolved=train.model_dump(include={"micro_batch_size", "gradient_checkpointing", "optimizer", "learning_rate"})
         | {"reason": planned.reason, "strategy": team.strategy, "processes": team.world},
         groups=partial(parameter_groups, model, lora=lora, train=train) if lora.plus_ratio else None,
         sources=[entry.name for entry in prepared.identities],

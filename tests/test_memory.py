@@ -86,7 +86,7 @@ def test_the_parts_add_up_and_have_the_names_that_are_recorded() -> None:
     assert list(found.parts_gib) == names
     assert sum(found.parts_gib.values()) == pytest.approx(found.peak_gib)
     assert found.parameters == 6_738_415_616 and found.trainable_parameters == 39_976_960
-    assert found.micro_batch_size * found.accumulation == 16
+    assert found.micro_batch_size * found.accumulation == 2
 
 
 @pytest.mark.parametrize(

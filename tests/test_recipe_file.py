@@ -333,7 +333,7 @@ def test_a_recipe_survives_its_yaml(
             "base": {"name": name, "revision": name},
             "data": [{"source": name, "columns": {name: name}}, {"source": "x/y", "weight": weight, "pack": False}],
             "lora": {"alpha": number, "new_tokens": names, "rank_pattern": pattern, "targets": ["q_proj"]},
-            "train": {"learning_rate": number, "micro_batch_size": 4},
+            "train": {"learning_rate": number, "micro_batch_size": 2},
             "eval": {"hold_out": held},
             "output": name,
         }

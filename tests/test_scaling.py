@@ -134,7 +134,7 @@ def test_what_does_not_go_together_is_said(base: str, capsys: Printed, tmp_path:
 
 
 def test_hardware_of_the_recipe_is_planned_without_options(base: str, capsys: Printed) -> None:
-    given = ["--model", base, "--gpu", "h200", "hardware.processes=2", "hardware.nodes=2"]
+    given = ["--model", base, "--gpu", "h200", "hardware.processes=2", "hardware.nodes=2", "train.batch_size=16"]
     answer = planned(capsys, *given, "--network", "10gbe")
     assert answer["cards"] | {"cards": 4, "nodes": 2, "link": "10gbe", "strategy": "ddp"} == answer["cards"]
     assert "cards" not in planned(capsys, "--model", base, "--gpu", "h200", "hardware.processes=1")

@@ -20,6 +20,7 @@ from lora_tune.model import initialisation
 from lora_tune.model.base import fit_embeddings, full_weight
 from lora_tune.model.base_fit import end_of
 from lora_tune.model.divided import as_divided, standing, whole
+from lora_tune.model.rate import rate_of
 from lora_tune.model.source import BaseSource, load_tokenizer
 from lora_tune.model.targets import NamedModules, named_modules
 from lora_tune.recipe import Base, Lora, Train
@@ -334,7 +335,7 @@ def parameter_groups(model: nn.Module, *, lora: Lora, train: Train) -> list[dict
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate = train.learning_rate * (ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0)
+        rate = rate_of(train) * (ratio if ".lora_B." in name or ".lora_embedding_B." in name else 1.0)
         plain_matrix = parameter.dim() >= 2 and "trainable_tokens" not in name
         groups.setdefault((rate, train.weight_decay if plain_matrix else 0.0), []).append(parameter)
     return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]

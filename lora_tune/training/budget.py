@@ -22,6 +22,7 @@ from typing import Any, Literal
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
+from lora_tune.model.rate import rate_of
 from lora_tune.recipe import Train
 from lora_tune.recipe_values import SHARE, seconds_of
 from lora_tune.training import checkpoint
@@ -232,7 +233,7 @@ def plan_budget(train: Train, *, steps_per_epoch: int, evaluate_every: int, keep
     """The budget of `train`, which has one; `evaluate_every` is 0 where nothing is evaluated during training."""
     return Budget(
         seconds_of(train.budget or ""),
-        curve=Curve(train.schedule, train.warmup, train.learning_rate),
+        curve=Curve(train.schedule, train.warmup, rate_of(train)),
         evaluations=Cadence(evaluate_every, "always" if evaluate_every and keep == "best" else "never"),
         saves=Cadence(train.save_every or steps_per_epoch, "always"),
     )

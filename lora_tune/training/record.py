@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_tune.adapter.folder import ReplanRecord, TrainingRecord
+from lora_tune.model.rate import rate_of
 from lora_tune.recipe import Recipe
 from lora_tune.training.progress import read_metrics
 
@@ -37,7 +38,7 @@ def training_record(folder: Path, recipe: Recipe, *, model: PeftModel, prepared:
         micro_batch_size=micro_batch_size,
         accumulation=train.batch_size // micro_batch_size,
         max_length=train.max_length,
-        learning_rate=train.learning_rate,
+        learning_rate=rate_of(train),
         optimizer=train.optimizer,
         schedule=train.schedule,
         gradient_checkpointing=train.gradient_checkpointing,

@@ -32,6 +32,7 @@ from lora_tune.interrupts import Stop
 from lora_tune.model.kernels.fuse import fuse
 from lora_tune.model.kernels.loss_head import find_head
 from lora_tune.model.methods import cast_inputs
+from lora_tune.model.rate import learning_rate, rate_of
 from lora_tune.recipe import Train
 from lora_tune.training import state
 from lora_tune.training.batches import IGNORED, EpochSampler, FoldedCollator
@@ -80,6 +81,8 @@ def build(
     if len(rows) == 0:
         raise DataError("there are no rows to train on", "look at the ledger: lora-tune preview")
     steps = plan_steps(len(rows), train, processes=here().world)
+    rate = learning_rate(train, model.config.get_text_config().to_dict())
+    train = train.model_copy(update={"learning_rate": rate})
     args = _sft_config(model, train=train, steps=steps, seed=seed, folder=folder)
     trainer = RunTrainer(model, args, rows, chat=chat, train=train, steps=steps, evaluation=evaluation)
     if train.kernels == "auto" and not trainer.team.divided:  # a divided layer has its weights only while it computes
@@ -105,7 +108,7 @@ def _sft_config(model: PeftModel, *, train: Train, steps: Steps, seed: int, fold
         num_train_epochs=train.epochs,
         max_steps=steps.total_steps if train.budget else train.max_steps or -1,
         optim=optimizer_name(train),
-        learning_rate=train.learning_rate,
+        learning_rate=rate_of(train),
         lr_scheduler_type=SCHEDULES[train.schedule],
         warmup_steps=steps.warmup_steps,
         weight_decay=train.weight_decay,

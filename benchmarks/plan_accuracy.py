@@ -3,8 +3,9 @@
     python -m benchmarks.plan_accuracy [--corpus FOLDER] [--write]
 
 Weights: every config.json with an index of `FOLDER/data/configs`. Activations: saved-tensor hooks on small models of
-eight families, in bfloat16 and nf4, checkpointed or not, on this CPU. Published numbers were measured by others with
-other code; the last column says how that differs. `--write` keeps it all in benchmarks/results/plan_accuracy.md.
+eight families, in bfloat16 and nf4, checkpointed or not, on this CPU, with fused layers (`train.kernels: auto`).
+Published numbers were measured by others with other code; the last column says how that differs. `--write` keeps it all
+in benchmarks/results/plan_accuracy.md.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class Published:
     tokens_per_s: float | None
     differs: str
 
+    @property
+    def kernels(self) -> Literal["auto", "off"]:
+        """Their layers are fused, by hand or by a compiler, or they are PEFT's own."""
+        return "off" if self.source == PEFT or "all logits" in self.differs else "auto"
+
 
 def _row(
     where: tuple[str, str, str], job: tuple[int, int, int, Any], kind: tuple[Any, Any], found: tuple[Any, Any], why: str
@@ -90,7 +96,7 @@ def planned(row: Published) -> MemoryPlan:
     sequences, length = row.tokens
     train = Train(
         batch_size=sequences, micro_batch_size=sequences, max_length=length, gradient_checkpointing=row.checkpointing,
-        optimizer="adamw", packing=row.source != FMS and row.source != PEFT,
+        optimizer="adamw", packing=row.source != FMS and row.source != PEFT, kernels=row.kernels,
     )  # fmt: skip
     card, base = find_card(row.card), Base(name="x", quantize=row.quantize)
     return plan_memory(
@@ -156,6 +162,7 @@ def report(corpus: Path | None) -> str:
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
     text = f"# How right the plan is\n\n`python -m benchmarks.plan_accuracy` on {platform.machine()}, {libraries}.\n"
     text += "\n## Published peaks (GiB) and speeds (tokens/s)\n\nNone was measured with lora_tune.\n\n"
+    text += "`train.kernels` is off where their layers are PEFT's own (all logits), else auto.\n\n"
     names = ["source", "job", "card", "peak", "planned", "speed", "planned", "how theirs differs"]
     text += _table(names, published())
     text += "\n## Kept activations against saved-tensor hooks\n\n"

@@ -3,13 +3,15 @@
     python benchmarks/saved_activations.py [MODEL_TYPE ...]
 
 Prints the bytes per token as factors of hidden size h, intermediate size i, query width q, key width k, heads, rank and
-1, in bfloat16 (as training runs: autocast, float32 adapters) and float32. `lora_tune/model/activations.py` holds them.
+1, in bfloat16 (as training runs: autocast, float32 adapters) and float32, with `train.kernels` off and auto.
+`lora_tune/model/activations.py` holds them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_tune.model.base import checkpoint_layers
+from lora_tune.model.kernels.fuse import fuse
 from lora_tune.model.methods import attach, cast_inputs
 from lora_tune.model.source import BaseSource
 from lora_tune.recipe import Base, Lora
@@ -77,6 +80,7 @@ def saved_bytes(
     documents: Sequence[int],
     quantize: Literal["nf4", "none"] = "none",
     checkpointed: Literal["all", "none"] | int = "none",
+    kernels: Literal["auto", "off"] = "auto",
 ) -> int:
     """Bytes that the decoder of this config keeps for the backward pass of one row of documents.
 
@@ -98,6 +102,8 @@ def saved_bytes(
     base = Base(name="x", quantize="none", compute_dtype=dtype)
     adapted: Any = attach(model.requires_grad_(False), lora, source=source, base=base, seed=0).train()
     checkpoint_layers(adapted, checkpointed)
+    if kernels == "auto":
+        fuse(adapted)
     autocast = dtype == "bfloat16"
     if autocast:
         cast_inputs(adapted, to="autocast")
@@ -141,7 +147,9 @@ def one_layer(model_type: str, sizes: Sequence[int], *, tokens: int, **job: Any)
     return (more - fewer) / (2 * tokens)
 
 
-def fit(model_type: str, dtype: Literal["bfloat16", "float32"]) -> tuple[list[float], float]:
+def fit(
+    model_type: str, dtype: Literal["bfloat16", "float32"], *, kernels: Literal["auto", "off"]
+) -> tuple[list[float], float]:
     """Factors of h, i, q, k, heads, rank, 1, and the largest relative error of the fit."""
     equal = model_type in WITHOUT_GROUPS
     features, found = [], []
@@ -149,7 +157,7 @@ def fit(model_type: str, dtype: Literal["bfloat16", "float32"]) -> tuple[list[fl
         hidden, intermediate, heads, kv_heads, head = sizes
         rank = 3 + 2 * (number % 3)
         features.append([hidden, intermediate, heads * head, kv_heads * head, heads, rank, 1])
-        found.append(one_layer(model_type, sizes, tokens=100, dtype=dtype, lora=Lora(rank=rank)))
+        found.append(one_layer(model_type, sizes, tokens=100, dtype=dtype, lora=Lora(rank=rank), kernels=kernels))
     rows, values = np.array(features, dtype=float), np.array(found)
     if equal:
         rows[:, 2] = rows[:, 3] = 0
@@ -159,15 +167,17 @@ def fit(model_type: str, dtype: Literal["bfloat16", "float32"]) -> tuple[list[fl
 
 def main() -> None:
     """Print a line for every model type and dtype."""
-    print(f"{'':14} {'':9} {'h':>8} {'i':>8} {'q':>8} {'k':>8} {'heads':>8} {'rank':>8} {'1':>8} {'error':>8}")
-    for model_type in sys.argv[1:] or FAMILIES:
-        for dtype in ("bfloat16", "float32"):
-            try:
-                factors, error = fit(model_type, dtype)
-            except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as problem:
-                print(f"{model_type:14} {dtype:9} {type(problem).__name__}: {str(problem)[:120]}")
-                continue
-            print(f"{model_type:14} {dtype:9}", *(f"{factor:8.2f}" for factor in factors), f"{error:8.4f}", flush=True)
+    print(f"{'':14} {'':9} {'':4} {'h':>8} {'i':>8} {'q':>8} {'k':>8} {'heads':>8} {'rank':>8} {'1':>8} {'error':>8}")
+    dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
+    paths: tuple[Literal["off", "auto"], ...] = ("off", "auto")
+    for model_type, dtype, kernels in product(sys.argv[1:] or FAMILIES, dtypes, paths):
+        try:
+            factors, error = fit(model_type, dtype, kernels=kernels)
+        except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as problem:
+            print(f"{model_type:14} {dtype:9} {kernels:4} {type(problem).__name__}: {str(problem)[:120]}")
+            continue
+        numbers = " ".join(f"{factor:8.2f}" for factor in factors)
+        print(f"{model_type:14} {dtype:9} {kernels:4} {numbers} {error:8.4f}", flush=True)
 
 
 if __name__ == "__main__":

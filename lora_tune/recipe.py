@@ -193,7 +193,7 @@ class Train(Section):
     """Put several rows into one sequence, isolated from each other."""
     gradient_checkpointing: Checkpointing = "auto"
     """Recompute activations in the backward pass: all layers, none, or the first N; auto: as many as memory needs."""
-    kernels: Literal["off", "auto"] = "off"
+    kernels: Literal["off", "auto"] = "auto"
     """auto: adapted layers compute fused where they can, faster and in less memory; numbers differ by rounding."""
     neftune_alpha: Positive | None = None
     """Noise on the embeddings (NEFTune; 5 in the paper)."""

@@ -22,11 +22,23 @@ FAMILIES = {
 WIDTH: dict[str, Literal["bfloat16", "float32"]] = {"2": "bfloat16", "4": "float32"}
 
 
-def planned(config: dict[str, Any], *, documents: list[int], element: int, lora: Lora, checkpointed: int) -> int:
+def planned(
+    config: dict[str, Any],
+    *,
+    documents: list[int],
+    element: int,
+    lora: Lora,
+    checkpointed: int,
+    kernels: Literal["auto", "off"] = "auto",
+) -> int:
     shape, tokens = read_shape(config), sum(documents)
     row_length = tokens if len(documents) > 1 else None
-    one_set = saved_bytes_per_layer(shape, tokens=tokens, element=element, lora=lora, row_length=row_length)
-    return kept_after_forward(shape, one_set=one_set, tokens=tokens, element=element, checkpointed=checkpointed)
+    one_set = saved_bytes_per_layer(
+        shape, tokens=tokens, element=element, lora=lora, row_length=row_length, kernels=kernels
+    )
+    return kept_after_forward(
+        shape, one_set=one_set, tokens=tokens, element=element, checkpointed=checkpointed, kernels=kernels
+    )
 
 
 @pytest.mark.parametrize("checkpointed", [0, 6], ids=["kept", "checkpointed"])
@@ -55,7 +67,19 @@ def test_what_packed_rows_keep_in_16_and_32_bit(family: str) -> None:
         )
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "gpt_neox", "qwen2_moe"])
+def test_what_pefts_path_keeps(family: str) -> None:
+    """With `train.kernels: off`, in 16 bit with one layer checkpointed."""
+    config, lora = tiny_config(family, FAMILIES[family], layers=6), Lora(rank=4)
+    real = saved_bytes(config, dtype="bfloat16", lora=lora, documents=[200], checkpointed=1, kernels="off")
+    found = planned(config, documents=[200], element=2, lora=lora, checkpointed=1, kernels="off")
+    assert found == pytest.approx(real, rel=0.03)
+    assert found > planned(config, documents=[200], element=2, lora=lora, checkpointed=1)
+
+
 METHODS = {
+    "plain": Lora(rank=4),
+    "rslora": Lora(rank=4, method="rslora"),
     "dropout": Lora(rank=4, dropout=0.1),
     "dora": Lora(rank=4, method="dora"),
     "attention alone": Lora(rank=4, targets=("q_proj", "v_proj")),

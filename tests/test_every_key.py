@@ -269,7 +269,7 @@ KEYS: dict[
     "train.too_long": (tokens, "drop", ()),
     "train.packing": (tokens, "true", ()),
     "train.gradient_checkpointing": (part("layers"), "1", ()),
-    "train.kernels": (weights, "auto", ()),
+    "train.kernels": (weights, "off", ()),
     "train.neftune_alpha": (weights, "5", ()),
     "train.save_every": (part("checkpoints"), "1", ()),
     "train.keep_checkpoints": (part("checkpoints"), "1", ("train.save_every=1",)),

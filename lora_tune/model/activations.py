@@ -1,8 +1,9 @@
 """What a forward pass keeps for the backward pass, layer by layer.
 
 Counted by saved-tensor hooks on transformers 5.23 with peft 0.21.2, over small models of every family whose sizes
-vary: the counts are linear in the sizes, with whole factors (`python benchmarks/saved_activations.py` repeats it).
-nf4, fp4 and int8 bases keep what unquantized ones do: only the adapter's A reads a layer's input again.
+vary: the counts are linear in the sizes, with whole factors (`python benchmarks/saved_activations.py` repeats it). A
+Llama of 16 bit keeps 16h + 8I + 4kv bytes a token, with `train.kernels: auto` 12h + 4I + 4kv. nf4, fp4 and int8 bases
+keep what unquantized ones do: only the adapter's A reads a layer's input again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ _LATENTS = ("q_a_proj", "kv_a_proj_with_mqa")  # of multi-head latent attention:
 _LATENT_FACTOR = 1.65  # small models of this kind keep 1.4 to 2.1 times what the factors give; not resolved by size
 _UP = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "dense_h_to_4h")
 _ANCHORED = ("pissa", "olora")  # hold twice the rank
+_MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+_PLAIN = ("lora", "rslora", "loftq", "eva")  # trained as A and B alone: what can be fused
+Kernels = Literal["off", "auto", "norms"]
+"""`train.kernels` as a base allows it; norms: of one in 8 bit norms and rotations are fused, its adapters are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,10 @@ class _Set:
     document. `qkv`: joined where queries, keys and values are slices of one projection.
     `norm` is what a norm keeps per hidden size; None: its input as it is (autocast on a GPU makes float32 of it, which
     is not counted).
+
+    What `train.kernels: auto` saves of that: the float32 copy that an RMSNorm makes of 16 bit, `rms` of them over the
+    hidden size and `head_norms` over queries and keys; of a gated MLP (`gated`) the activated gate and the product; of
+    a rotation that leaves heads in another order in memory (`turned`) the copy of what attention puts out.
     """
 
     hidden: tuple[int, int] = (12, 16)
@@ -39,28 +48,32 @@ class _Set:
     masked: Literal["always", "where needed"] = "where needed"
     qkv: Literal["apart", "joined"] = "apart"
     norm: int | None = 4  # bytes per token and hidden size that a norm keeps; None: its input as it is
+    rms: int = 2
+    head_norms: Literal["yes", "no"] = "no"
+    gated: Literal["yes", "no"] = "yes"
+    turned: Literal["yes", "no"] = "no"
 
 
 _LLAMA = _Set()
-_EIGHT_NORMED = _Set(query=(8, 12), key_value=(8, 12))  # norms of queries and keys
+_EIGHT_NORMED = _Set(query=(8, 12), key_value=(8, 12), head_norms="yes")
+_GEMMA3 = _Set(hidden=(20, 24), query=(8, 12), key_value=(8, 12), rms=4, head_norms="yes")
+_COHERE = _Set(hidden=(10, 12), norm=8, rms=0)
+_GPT2 = _Set(hidden=(8, 16), intermediate=(10, 20), query=(8, 16), key_value=(0, 0), norm=None, rms=0, gated="no")
 _SETS = {
     "qwen3": _EIGHT_NORMED, "exaone4": _EIGHT_NORMED, "olmo2": _EIGHT_NORMED, "qwen3_vl_text": _EIGHT_NORMED,
-    "qwen3_vl": _EIGHT_NORMED, "gemma3_text": _Set(hidden=(20, 24), query=(8, 12), key_value=(8, 12)),
-    "gemma3": _Set(hidden=(20, 24), query=(8, 12), key_value=(8, 12)),
-    "gemma2": _Set(hidden=(20, 24), query=(8, 16), key_value=(0, 0), scores=(8, 8)),
-    "glm4": _Set(hidden=(20, 24), query=(6, 12)),
-    "phi3": _Set(hidden=(14, 20), query=(6, 12), key_value=(6, 12), qkv="joined"),
-    "cohere": _Set(hidden=(10, 12), norm=8),
-    "cohere2": _Set(hidden=(10, 12), norm=8),
-    "stablelm": _Set(hidden=(10, 20), norm=None),
-    "phi": _Set(hidden=(6, 12), intermediate=(10, 20), norm=None),
-    "starcoder2": _Set(hidden=(8, 16), intermediate=(4, 8), norm=None),
-    "gpt_neox": _Set(hidden=(8, 16), intermediate=(4, 8), query=(12, 24), key_value=(0, 0), norm=None),
+    "qwen3_vl": _EIGHT_NORMED, "gemma3_text": _GEMMA3, "gemma3": _GEMMA3,
+    "gemma2": _Set(hidden=(20, 24), query=(8, 16), key_value=(0, 0), scores=(8, 8), rms=4),
+    "glm4": _Set(hidden=(20, 24), query=(6, 12), rms=4),
+    "phi3": _Set(hidden=(14, 20), query=(6, 12), key_value=(6, 12), qkv="joined", turned="yes"),
+    "cohere": _COHERE, "cohere2": _COHERE,
+    "stablelm": _Set(hidden=(10, 20), norm=None, rms=0),
+    "phi": _Set(hidden=(6, 12), intermediate=(10, 20), norm=None, rms=0, gated="no"),
+    "starcoder2": _Set(hidden=(8, 16), intermediate=(4, 8), norm=None, rms=0, gated="no"),
+    "gpt_neox": _Set(hidden=(8, 16), intermediate=(4, 8), query=(12, 24), key_value=(0, 0), norm=None, rms=0,
+                     gated="no", turned="yes"),
     "falcon": _Set(hidden=(6, 12), intermediate=(4, 8), query=(8, 16), key_value=(0, 0), masked="always",
-                   norm=None),
-    "gpt2": _Set(hidden=(8, 16), intermediate=(10, 20), query=(8, 16), key_value=(0, 0), norm=None),
-    "gpt_bigcode": _Set(hidden=(8, 16), intermediate=(10, 20), query=(8, 16), key_value=(0, 0), norm=None),
-    "qwen3_moe": _EIGHT_NORMED, "glm4_moe": _EIGHT_NORMED,
+                   norm=None, rms=0, gated="no"),
+    "gpt2": _GPT2, "gpt_bigcode": _GPT2, "qwen3_moe": _EIGHT_NORMED, "glm4_moe": _EIGHT_NORMED,
     "gpt_oss": _Set(query=(8, 16), key_value=(0, 0), scores=(2, 4)),
 }  # fmt: skip
 _EXPERT = {"gpt_oss": (12, 24)}  # bytes for each unit of an expert's width; 6 and 12 elsewhere
@@ -74,6 +87,7 @@ def saved_bytes_per_layer(
     lora: Lora,
     row_length: int | None = None,
     dropout_mask: int | None = None,
+    kernels: Kernels = "auto",
 ) -> int:
     """Bytes that one decoder layer without checkpointing keeps for the backward pass of `tokens` tokens.
 
@@ -86,6 +100,7 @@ def saved_bytes_per_layer(
     masked = row_length is not None or found.masked == "always"
     keys = row_length or tokens
     per_token = _hidden(shape, found, wide) * shape.hidden + _feed_forward(shape, found, wide)
+    per_token -= _fused(shape, found, element=element, lora=lora, kernels=kernels)
     query, key_value = found.query[wide], found.key_value[wide]
     if masked and shape.key_value != shape.query and key_value:  # keys and values are repeated for every query head
         joined = found.qkv == "joined"
@@ -120,6 +135,21 @@ def _feed_forward(shape: Shape, found: _Set, wide: int) -> int:
     routed = shape.active_intermediate - shape.shared_intermediate
     expert = _EXPERT.get(shape.model_type, (6, 12))[wide]
     return expert * routed + found.intermediate[wide] * shape.shared_intermediate
+
+
+def _fused(shape: Shape, found: _Set, *, element: int, lora: Lora, kernels: Kernels) -> int:
+    """Bytes per token that the fused functions do not keep."""
+    if kernels == "off":
+        return 0
+    saved = element * shape.query if found.turned == "yes" else 0
+    if element == 2:  # a float32 stream has no second copy
+        saved += 2 * found.rms * shape.hidden
+        saved += 2 * (shape.query + shape.key_value) if found.head_norms == "yes" else 0
+    mlp = [linear for linear in shape.linears if linear.name in _MLP]
+    plain = kernels == "auto" and lora.method in _PLAIN and not lora.dropout
+    if found.gated == "yes" and plain and all(is_target(linear, lora) for linear in mlp):
+        saved += 2 * element * (shape.shared_intermediate if shape.routed else shape.active_intermediate)
+    return saved
 
 
 def _adapters(shape: Shape, element: int, lora: Lora, mask: int) -> int:
@@ -171,12 +201,15 @@ def input_bytes(shape: Shape, *, tokens: int, element: int) -> int:
     return tokens * shape.hidden * element
 
 
-def kept_after_forward(shape: Shape, *, one_set: int, tokens: int, element: int, checkpointed: int) -> int:
+def kept_after_forward(
+    shape: Shape, *, one_set: int, tokens: int, element: int, checkpointed: int, kernels: Kernels = "auto"
+) -> int:
     """Bytes kept when the forward pass of all layers has ended; `one_set` as `saved_bytes_per_layer` gives it.
 
     The first of the layers keeps no input of its norm, since nothing below it is trained; the last norm keeps as much.
     """
     inputs = checkpointed * input_bytes(shape, tokens=tokens, element=element)
-    norm = _SETS.get(shape.model_type, _LLAMA).norm or element
+    found = _SETS.get(shape.model_type, _LLAMA)
+    norm = element if found.norm is None or (found.rms and kernels != "off") else found.norm
     last_norm = norm * tokens * shape.hidden if checkpointed else 0
     return inputs + (shape.layers - checkpointed) * one_set + last_norm

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_tune.model.activations import (
+    Kernels,
     has_latents,
     input_bytes,
     is_target,
@@ -76,6 +77,13 @@ class Job:
         if self.base.compute_dtype == "auto":
             return 2 if self.device == "cuda" else 4
         return 4 if self.base.compute_dtype == "float32" else 2
+
+    @property
+    def kernels(self) -> Kernels:
+        """What of the layers computes fused (`model/kernels/`): nothing where they are divided between processes."""
+        if self.train.kernels == "off" or STRATEGIES[self.layout.strategy].divided:
+            return "off"
+        return "norms" if self.base.quantize == "int8" else "auto"
 
 
 def job_of(
@@ -168,8 +176,16 @@ def _training(job: Job, choice: Choice) -> dict[str, float]:
         lora=job.lora,
         row_length=_row_length(job, tokens) if _masked(job, tokens) else None,
         dropout_mask=1 if job.device == "cuda" else None,
+        kernels=job.kernels,
     )
-    kept = kept_after_forward(shape, one_set=one_set, tokens=tokens, element=element, checkpointed=choice.checkpointed)
+    kept = kept_after_forward(
+        shape,
+        one_set=one_set,
+        tokens=tokens,
+        element=element,
+        checkpointed=choice.checkpointed,
+        kernels=job.kernels,
+    )
     recomputed = choice.checkpointed * input_bytes(shape, tokens=tokens, element=element)
     recomputed += max(shape.layers - choice.checkpointed, 1) * one_set
     head, layer = _loss_head(job, tokens), _layer_buffers(job, tokens)

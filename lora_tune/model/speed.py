@@ -44,7 +44,8 @@ def step_seconds(job: Job, choice: Choice, card: Card | None) -> float:
     speed = card if card and card.tflops else _CPU if job.device == "cpu" else _RELATIVE
     shape, tokens = job.shape, choice.micro * job.train.max_length
     recomputed = choice.checkpointed / shape.layers
-    kept = shape.layers * saved_bytes_per_layer(shape, tokens=tokens, element=job.element, lora=job.lora)
+    one_set = saved_bytes_per_layer(shape, tokens=tokens, element=job.element, lora=job.lora, kernels=job.kernels)
+    kept = shape.layers * one_set
     traffic = _PASSES * (3 + recomputed) * kept
     if job.base.quantize != "none":
         held = 1.0 if job.base.quantize == "int8" else 0.516

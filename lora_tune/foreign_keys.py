@@ -274,7 +274,6 @@ NOT_NEEDED: dict[str, str] = {
     "pad_token": "taken from the chat template and the tokenizer",
     "eos_token": "taken from the chat template and the tokenizer",
     "bos_token": "taken from the chat template and the tokenizer",
-    "compile": "not supported in this version",
     "push_to_hub": "sharing is a step of its own, after the run",
     "hub_model_id": "sharing is a step of its own, after the run",
     "plot_loss": "loss.png is always drawn",

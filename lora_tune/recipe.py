@@ -201,6 +201,8 @@ class Train(Section):
     """Optimizer steps between checkpoints; without it, one at the end of every epoch."""
     keep_checkpoints: Count = 2
     """How many checkpoints stay on disk."""
+    compile: Literal["off", "layers"] = "off"
+    """layers: torch.compile fuses each decoder layer, instead of `kernels`; minutes before the first step."""
     max_skipped_steps: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Leave out this many steps whose loss or gradient is not finite before the training stops."""
 

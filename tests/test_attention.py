@@ -167,14 +167,15 @@ def test_batches_of_one_size_train_the_same_tokens() -> None:
     rows = [{"input_ids": ids, "labels": ids, "seq_lengths": lengths} for ids, lengths in
             (([5, 6, 7, 8, 9], [3, 2]), ([11, 12], [2]))]  # fmt: skip
     losses = {}
-    for tokens in (None, 7, 12):
-        batch = FlatCollator(COLLATE, 0, tokens)(rows)
-        assert batch["input_ids"].shape == (1, tokens or 7) == batch["labels"].shape == batch["position_ids"].shape
-        assert int((batch["labels"] != IGNORED).sum()) == 4 and int(batch["cu_seq_lens_q"][-1]) == (tokens or 7)
-        losses[tokens] = model(**batch, use_cache=False).loss.item()
-    assert losses[7] == pytest.approx(losses[None], abs=1e-6) and losses[12] == pytest.approx(losses[None], abs=1e-6)
-    more = FlatCollator(COLLATE, 0, 12)([*rows, {"input_ids": [3], "labels": [3], "seq_lengths": [1]}])
-    assert more["cu_seq_lens_q"].shape == FlatCollator(COLLATE, 0, 12)(rows)["cu_seq_lens_q"].shape
+    for row_tokens, tokens in ((None, 7), (3, 7), (5, 10), (6, 12)):
+        batch = FlatCollator(COLLATE, 0, row_tokens)(rows)
+        assert batch["input_ids"].shape == (1, tokens) == batch["labels"].shape == batch["position_ids"].shape
+        assert int((batch["labels"] != IGNORED).sum()) == 4 and int(batch["cu_seq_lens_q"][-1]) == tokens
+        losses[row_tokens] = model(**batch, use_cache=False).loss.item()
+    assert all(loss == pytest.approx(losses[None], abs=1e-6) for loss in losses.values())
+    fewer = FlatCollator(COLLATE, 0, 6)([{"input_ids": [3, 4], "labels": [3, 4], "seq_lengths": [1, 1]}, rows[1]])
+    whole = FlatCollator(COLLATE, 0, 6)(rows)
+    assert all(fewer[name].shape == whole[name].shape for name in ("input_ids", "cu_seq_lens_q"))
 
 
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
@@ -230,7 +231,7 @@ def test_the_kernel_is_asked_as_each_release_describes_it(
 ) -> None:
     names = frozenset(inspect.signature(kernel).parameters)
     monkeypatch.setattr(attention, "_kernel", lambda: (kernel, names))
-    monkeypatch.setattr(attention, "_kernel_takes", lambda like, head_size: True)
+    monkeypatch.setattr(attention, "_kernel_takes", lambda device, dtype, head_size: True)
     attention._takes_groups.cache_clear()
     query, key = torch.randn(1, 6, 11, 8), torch.randn(1, 2, 11, 8)
     bounds = torch.tensor([0, 4, 11], dtype=torch.int32)

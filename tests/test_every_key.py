@@ -36,6 +36,7 @@ from lora_tune.training.planned import Planned
 from lora_tune.training.progress import read_metrics
 from lora_tune.training.start import Start
 
+from lora_tune.training.trainer import build
 RECIPE = """\
 base: {name: base, quantize: none, compute_dtype: float32}
 data: [{source: rows.jsonl, format: messages}]
@@ -197,6 +198,16 @@ def ending(recipe: Recipe) -> str:
         return str(error)
     return "all steps are done"
 
+def compiled(recipe: Recipe) -> bool:
+    """Whether the decoder layers would compute compiled; nothing is compiled before the first step."""
+    source = find_base(recipe.base)
+    chat, rows_ = _prepare(recipe, source)
+    recipe, _ = _resolve(recipe, source, start=Start())
+    model = _load(recipe, source, rows_, trust_remote_code=None)
+    build(model, rows_.train, train=recipe.train, evaluation=None, seed=1, folder=Path(recipe.output), chat=chat)
+    return "forward" in vars(model.base_model.model.model.layers[0])
+
+
 
 def refusal(recipe: Recipe) -> str:
     """What `encode` says of limits: the message or nothing."""
@@ -285,6 +296,7 @@ KEYS: dict[
     "limits.dropped_rows": (refusal, "0", ("train.too_long=drop",)),
     "limits.lost_tokens": (refusal, "0", ()),
     "limits.lost_end_tokens": (refusal, "0", ()),
+    "train.compile": (compiled, "layers", ()),
     "limits.duplicates": (refusal, "0", ()),
     "hardware.processes": (layout, "2", ()),
     "hardware.nodes": (layout, "2", ()),

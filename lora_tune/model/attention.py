@@ -46,7 +46,7 @@ def use_varlen(model: Any, base: Base) -> str:
     if base.attention not in ("auto", NAME):
         return ""
     config = model.config.get_text_config()
-    if base.attention == "auto" and not _kernel_takes(_embedding(model), _head_size(config)):
+    if base.attention == "auto" and not _kernel_is_for(model, config):
         return ""
     reason = _not_for(config) or _differs(model, config)
     if reason:
@@ -59,6 +59,14 @@ def use_varlen(model: Any, base: Base) -> str:
 def is_used(model: Any) -> bool:
     """Whether the training batches of this model should say the bounds of their documents."""
     return bool(model.config.get_text_config()._attn_implementation == NAME)
+
+
+def keep_out_of_graphs(model: Any) -> None:
+    """Where no kernel runs, `torch.compile` leaves attention alone: a graph would hold for one set of lengths only."""
+    if is_used(model) and not _kernel_is_for(model, model.config.get_text_config()):
+        from transformers import AttentionInterface
+
+        AttentionInterface.register(NAME, torch.compiler.disable(attend))
 
 
 def _not_for(config: Any) -> str:
@@ -78,21 +86,23 @@ def _kinds(config: Any) -> list[str]:
     return list(getattr(config, "layer_types", None) or [default] * config.num_hidden_layers)
 
 
-def _head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def _dtype_of(model: Any) -> torch.dtype:
+    """Of activations; the device is asked of the model, whose embedding may be elsewhere."""
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+    return dtype
 
 
-def _embedding(model: Any) -> torch.Tensor:
-    weight: torch.Tensor = model.get_input_embeddings().weight
-    return weight
+def _kernel_is_for(model: Any, config: Any) -> bool:
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return _kernel_takes(model.device, _dtype_of(model), head_size)
 
 
-def _kernel_takes(like: torch.Tensor, head_size: int) -> bool:
-    """Whether the kernel computes heads of this size on the device and in the dtype of `like`."""
-    if like.device.type != "cuda" or _dtype(like) not in (torch.bfloat16, torch.float16) or _kernel() is None:
+def _kernel_takes(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether the kernel computes heads of this size there."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or _kernel() is None:
         return False
     fits = head_size % 8 == 0 and head_size <= _LARGEST_HEAD
-    return fits and torch.cuda.get_device_capability(like.device) >= (8, 0)
+    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
@@ -128,7 +138,7 @@ def _differs(model: Any, config: Any) -> str:
     """Why this model does not train the same with bounds as with a mask, or nothing."""
     _register()
     lengths = (5, 3, 6)
-    device = _embedding(model).device
+    device = model.device
     positions_BT = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
     ids_BT = (torch.arange(sum(lengths)) * 37 % min(1000, config.vocab_size))[None].to(device)
     bounds_D = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
@@ -146,7 +156,7 @@ def _differs(model: Any, config: Any) -> str:
     if windows != [window if kind == "sliding_attention" else None for kind in _kinds(config)]:
         return "its layers do not say how far they look"
     away = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
-    return "" if away <= _SAME.get(_embedding(model).dtype, 1e-4) else f"a few tokens come out otherwise, by {away:.1%}"
+    return "" if away <= _SAME.get(_dtype_of(model), 1e-4) else f"a few tokens come out otherwise, by {away:.1%}"
 
 
 @cache
@@ -229,8 +239,8 @@ def attend(
     if given.get("dropout") or query_BHTD.shape[0] != 1 or not causal:
         raise ValueError("its attention is not causal, has dropout, or goes over several rows")
     scale, window = given.get("scaling"), given.get("sliding_window")
-    if _kernel_takes(query_BHTD, query_BHTD.shape[-1]) and query_BHTD.shape[-1] == value_BHTD.shape[-1]:
-        dtype = _dtype(query_BHTD)
+    dtype, head_size = _dtype(query_BHTD), query_BHTD.shape[-1]
+    if _kernel_takes(query_BHTD.device, dtype, head_size) and head_size == value_BHTD.shape[-1]:
         parts = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query_BHTD, key_BHTD, value_BHTD)]
         longest = int(given["max_length_q"])
         return by_kernel(*parts, bounds_D=bounds_D, longest=longest, scale=scale, window=window)[None], None

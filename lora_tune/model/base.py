@@ -265,10 +265,13 @@ def checkpoint_layers(model: PreTrainedModel, layers: Literal["all", "none"] | i
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if layers == "none" or layers == 0:
-        model.activation_checkpointing_disable()
+        getattr(model, f"{word}_checkpointing_disable")()
         return
+    # transformers 5.23 renamed both; up to then (constraints/gpu.txt) they are called after gradients
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     try:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        how = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
+        getattr(model, f"{word}_checkpointing_enable")(**how)
     except ValueError as error:
         raise UsageError(f"train.gradient_checkpointing: {error}", "set it to none") from error
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]

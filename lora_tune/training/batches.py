@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from lora_tune.model import attention
+from lora_tune.recipe import Train
 
 IGNORED = -100  # label of a token that is not trained
 _LARGEST_WASTE = 0.25  # share of padding above which the micro-batch stays one row
@@ -136,11 +137,12 @@ def first_batches(
     return batches
 
 
-def collator_for(model: Any, flat: Any) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+def collator_for(model: Any, flat: Any, train: Train) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """The shape of batches that this model's attention computes fastest; `flat` is TRL's padding-free collator."""
     config = model.config.get_text_config()
     if attention.is_used(model):
-        return FlatCollator(flat, flat.pad_token_id)
+        one_shape = train.compile == "layers" and train.packing  # rows that are nearly full anyway
+        return FlatCollator(flat, flat.pad_token_id, train.max_length if one_shape else None)
     if config._attn_implementation in ("sdpa", "eager"):
         return FoldedCollator(flat, flat.pad_token_id, config.hidden_size)
     return flat  # type: ignore[no-any-return]
@@ -150,27 +152,27 @@ def collator_for(model: Any, flat: Any) -> Callable[[list[dict[str, Any]]], dict
 class FlatCollator:
     """TRL's padding-free batch `(1, T)` with the bounds of its documents, for attention that reads them.
 
-    With `tokens` every batch has that many, and equally many bounds in every batch up to a power of two, so that what
-    was compiled for one batch fits the next: a document of padding, never trained, stands at the end.
+    With `row_tokens` a batch has that many for each row, and as many bounds as the next power of two, so that what was
+    compiled for one batch fits the next: a document of padding, never trained, stands at the end.
     """
 
     flat: Callable[[list[dict[str, Any]]], dict[str, Any]]
     pad_id: int
-    tokens: int | None = None
+    row_tokens: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """`input_ids`, `labels`, `position_ids` (1, T); `cu_seq_lens_q` and `_k` (documents + 1,); longest document."""
         flat = self.flat(rows)
         ids_BT, bounds_D = flat["input_ids"], flat["cu_seq_lens_q"]
         labels_BT, positions_BT, longest = flat["labels"], flat["position_ids"], int(flat["max_length_q"])
-        if self.tokens is not None and ids_BT.shape[1] <= self.tokens:
-            more = self.tokens - ids_BT.shape[1]
+        if self.row_tokens is not None:
+            longest = tokens = max(self.row_tokens * len(rows), ids_BT.shape[1])  # one number for all batches
+            more = tokens - ids_BT.shape[1]
             ids_BT = nn.functional.pad(ids_BT, (0, more), value=self.pad_id)
             labels_BT = nn.functional.pad(labels_BT, (0, more), value=IGNORED)
             positions_BT = torch.cat([positions_BT, torch.arange(more)[None].to(positions_BT)], 1)
             count = 1 << len(bounds_D).bit_length()  # room for the padding's bound, at least
-            bounds_D = nn.functional.pad(bounds_D, (0, count - len(bounds_D)), value=self.tokens)
-            longest = self.tokens  # a bound for all batches: as an exact number it would be compiled for anew
+            bounds_D = nn.functional.pad(bounds_D, (0, count - len(bounds_D)), value=tokens)
         return {
             "input_ids": ids_BT,
             "labels": labels_BT,

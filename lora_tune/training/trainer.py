@@ -29,13 +29,14 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_tune.errors import DataError
 from lora_tune.interrupts import Stop
+from lora_tune.model.kernels.compiled import compile_layers
 from lora_tune.model.kernels.fuse import fuse
 from lora_tune.model.kernels.loss_head import find_head
 from lora_tune.model.methods import cast_inputs
 from lora_tune.model.rate import learning_rate, rate_of
 from lora_tune.recipe import Train
 from lora_tune.training import state
-from lora_tune.training.batches import IGNORED, EpochSampler, FoldedCollator
+from lora_tune.training.batches import IGNORED, EpochSampler, collator_for
 from lora_tune.training.budget import plan_budget
 from lora_tune.training.checkpoint import Checkpoint
 from lora_tune.training.evaluations import Evaluation, Evaluations
@@ -85,8 +86,11 @@ def build(
     train = train.model_copy(update={"learning_rate": rate})
     args = _sft_config(model, train=train, steps=steps, seed=seed, folder=folder)
     trainer = RunTrainer(model, args, rows, chat=chat, train=train, steps=steps, evaluation=evaluation)
-    if train.kernels == "auto" and not trainer.team.divided:  # a divided layer has its weights only while it computes
-        trainer.left_unfused = fuse(trainer.model).left
+    if not trainer.team.divided:  # a divided layer has its weights only while it computes
+        if train.compile == "layers":
+            compile_layers(trainer.model)
+        elif train.kernels == "auto":
+            trainer.left_unfused = fuse(trainer.model).left
     return trainer
 
 
@@ -182,11 +186,7 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         self._step_began = 0.0
         self._step_tokens = 0
         self._step_trained_tokens = torch.zeros(())
-        config = self.model.config.get_text_config()
-        if config._attn_implementation in ("sdpa", "eager"):
-            pad_id = self.data_collator.pad_token_id
-            self.data_collator = FoldedCollator(self.data_collator, pad_id, config.hidden_size)
-        self.data_collator = WithTargets(self.data_collator)
+        self.data_collator = WithTargets(collator_for(self.model, self.data_collator, train))
 
     def for_run(self, facts: RunFacts) -> RunTrainer:
         """Tell the trainer what to record and compare; returns the trainer itself."""

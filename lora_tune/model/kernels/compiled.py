@@ -1,0 +1,70 @@
+"""Decoder layers through `torch.compile`, one layer's graph for all of them (regional compilation).
+
+What the compiler fuses are PEFT's own layers: with `train.compile: layers` the functions of `fuse.py` are not used.
+Layers of one kind share a graph, because weights are inputs of it; the first one has a second graph, since what it is
+given needs no gradient. Shapes that change are compiled for twice, then once for all sizes; with `base.attention:
+varlen` and packing every batch has one shape.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_tune.errors import UsageError
+from lora_tune.model import attention
+
+_COMPILERS = ("g++", "c++", "clang++")
+
+
+def compile_layers(model: nn.Module, *, backend: str = "inductor") -> int:
+    """Let every decoder layer compute compiled while a gradient is asked for in training; returns how many.
+
+    Evaluations and answers take the layers as they are. A layer that is computed twice (checkpointed) is checkpointed
+    as a whole, around the graph.
+
+    Raises:
+        UsageError: this machine lacks what compiling needs, or the model has no decoder layers that are known.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if backend == "inductor":
+        _can_compile(next(model.parameters()).device)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UsageError("train.compile: the base has no decoder layers that are known", "set it to off")
+    attention.keep_out_of_graphs(model)
+    compiled: dict[type, Callable[..., Any]] = {}
+    for layer in layers:
+        kind = type(layer)
+        if kind not in compiled:
+            inner = getattr(kind.forward, "__wrapped__", kind.forward)
+            compiled[kind] = torch.compile(inner, backend=backend)
+        layer.forward = partial(_forward, layer, compiled[kind])  # type: ignore[method-assign]
+    return len(layers)
+
+
+def _forward(layer: Any, compiled: Callable[..., Any], *inputs: Any, **given: Any) -> Any:
+    """A layer's own forward pass, or the compiled one."""
+    if not (layer.training and torch.is_grad_enabled()):
+        return type(layer).forward(layer, *inputs, **given)
+    run = partial(compiled, layer, **given)
+    # up to transformers 5.17 a layer is checkpointed around `forward`, from 5.23 on inside of it
+    if layer.gradient_checkpointing and hasattr(type(layer).forward, "__wrapped__"):
+        return layer._gradient_checkpointing_func(run, *inputs)
+    return run(*inputs)
+
+
+def _can_compile(device: torch.device) -> None:
+    if device.type == "cuda":
+        missing = "" if importlib.util.find_spec("triton") else "Triton is not installed"
+    else:
+        missing = "" if any(shutil.which(name) for name in _COMPILERS) else "there is no C++ compiler"
+    if missing:
+        raise UsageError(f"train.compile: layers cannot be compiled here: {missing}", "set it to off, or install it")

@@ -1,11 +1,12 @@
 """Peak memory and tokens/s of the whole command on a base of a given shape with random weights.
 
-    python -m benchmarks.shaped_run --shape llama-8b --data alpaca.json --steps 30
+    python -m benchmarks.shaped_run --shape llama-8b [--data alpaca.json] [--steps 10] [train.batch_size=4 …]
 
 Makes a base folder of that shape on this machine (random bfloat16 weights: speed and memory do not depend on their
-values), with the tokenizer of `builtin:quickstart` and a vocabulary of the real size, and sends it through
-`python -m lora_tune.run recipes/alpaca.yaml`: load in 4 bits, train, save, verify in a fresh process. Prints and keeps
-what the run's manifest says. `--shape tiny` runs anywhere in seconds.
+values; `--weights` takes those of another folder of that shape), with the tokenizer of `builtin:quickstart` and a
+vocabulary of the real size, and sends it through `python -m lora_tune.run recipes/alpaca.yaml`: load in 4 bits, train
+on packed rows (the quickstart's without --data), save, verify in a fresh process. Prints and keeps what the run's
+manifest says and what it planned. `--shape tiny` runs anywhere in seconds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+DATA = HERE.parent / "recipes" / "quickstart" / "train.jsonl"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary; from the models' published config.json
@@ -65,8 +67,11 @@ def tensor_shapes(shape: str) -> Iterator[tuple[str, list[tuple[str, tuple[int, 
     )
 
 
-def write_base(folder: Path, shape: str) -> None:
-    """Write a Llama base with random weights (standard deviation 0.02, norms 1), a shard at a time."""
+def write_base(folder: Path, shape: str, *, weights: Path | None = None) -> None:
+    """Write a Llama base with random weights (standard deviation 0.02, norms 1), a shard at a time.
+
+    With `weights` its files are links to those of another base of this shape.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -83,26 +88,39 @@ def write_base(folder: Path, shape: str) -> None:
     for name in TOKENIZER_FILES:
         if (quickstart.folder / name).exists():
             shutil.copy(quickstart.folder / name, folder / name)
-    generator = torch.Generator().manual_seed(0)
+    if weights is not None:
+        for file in weights.glob("*.safetensors*"):
+            (folder / file.name).symlink_to(file.resolve())
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
     index: dict[str, str] = {}
-    for file, tensors in tensor_shapes(shape):
-        weights = {}
+    for file_name, tensors in tensor_shapes(shape):
+        made = {}
         for name, size in tensors:
-            ones = len(size) == 1
-            random = torch.ones(size) if ones else torch.empty(size).normal_(0, 0.02, generator=generator)
-            weights[name] = random.to(torch.bfloat16)
-            index[name] = file
-        save_file(weights, folder / file, metadata={"format": "pt"})
+            empty = torch.empty(size, device=device)
+            random = empty.fill_(1) if len(size) == 1 else empty.normal_(0, 0.02, generator=generator)
+            made[name] = random.to(torch.bfloat16).cpu()
+            index[name] = file_name
+        save_file(made, folder / file_name, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def run_command(base: Path, *, data: Path, output: Path, overrides: list[str]) -> float:
-    """Run the recipe on `base`; returns the wall time in seconds."""
+def run_command(base: Path, *, data: Path, output: Path, overrides: list[str]) -> tuple[float, list[str]]:
+    """Run the recipe on `base`; the wall time in seconds, and what it said of memory and time.
+
+    Raises:
+        SystemExit: it ended with another exit code than 0; its last words.
+    """
     command = [sys.executable, "-m", "lora_tune.run", str(HERE.parent / "recipes" / "alpaca.yaml"), f"base.name={base}"]
     command += [f"data.0.source={data}", "data.0.format=alpaca", f"output={output}", *overrides]
     start = time.perf_counter()
-    subprocess.run(command, check=True)
-    return time.perf_counter() - start
+    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(found.stdout, flush=True)
+    if found.returncode:
+        raise SystemExit(f"the run ended with exit code {found.returncode}: {found.stdout[-1500:]}")
+    said = [line.strip() for line in found.stdout.splitlines() if "GiB" in line or "base.attention" in line]
+    return time.perf_counter() - start, said
 
 
 def summary(output: Path, *, shape: str, wall_s: float) -> dict[str, Any]:
@@ -119,20 +137,21 @@ def main() -> None:
     """Make the base, run the command, print and keep the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--data", type=Path, required=True, help="a file of alpaca rows")
+    parser.add_argument("--data", type=Path, default=DATA, help="a file of alpaca rows")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps")
+    parser.add_argument("--weights", type=Path, help="a base of this shape whose weight files are taken")
     parser.add_argument("--keep", type=Path, help="write the summary to this JSON file")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for lora_tune.run")
-    arguments = parser.parse_args()
+    given = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as scratch:
-        base, output = Path(scratch) / f"random-{arguments.shape}", Path(scratch) / "adapter"
-        write_base(base, arguments.shape)
-        overrides = [f"train.max_steps={arguments.steps}", "eval.max_rows=8", *arguments.overrides]
-        wall_s = run_command(base, data=arguments.data.resolve(), output=output, overrides=overrides)
-        result = summary(output, shape=arguments.shape, wall_s=wall_s)
+        base, output = Path(scratch) / f"random-{given.shape}", Path(scratch) / "adapter"
+        write_base(base, given.shape, weights=given.weights)
+        overrides = [f"train.max_steps={given.steps}", "eval.max_rows=8", *given.overrides]
+        wall_s, said = run_command(base, data=given.data.resolve(), output=output, overrides=overrides)
+        result = {**summary(output, shape=given.shape, wall_s=wall_s), "said": said}
     print(json.dumps(result, indent=1))
-    if arguments.keep:
-        arguments.keep.write_text(json.dumps(result, indent=1) + "\n")
+    if given.keep:
+        given.keep.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

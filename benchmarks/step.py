@@ -10,7 +10,8 @@ clock on two. Peak memory is that of the whole process (of the card on a GPU), t
 of the process, alone on the machine.
 
 `raw` is a bare PEFT loop in bfloat16, adapters too; `trl` is SFTTrainer as it is; `unfused` is ours with
-`train.kernels: off`; `floor` is the frozen base alone, forward and the gradient of its input. Peers live in
+`train.kernels: off`, `masked` and `by_document` with `base.attention: sdpa` and `varlen`, `compiled` with
+`train.compile: layers`; `floor` is the frozen base alone, forward and the gradient of its input. Peers live in
 environments of their own (`benchmarks/peers/README.md`), looked for in --peers or LORA_TUNE_PEERS; what is not there is
 left out with a line. All start from the same adapter: a loss that is further than 0.01 from the raw loop's at any step
 makes the exit code 1.
@@ -45,7 +46,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "8b": {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 8},
 }  # fmt: skip
-HERE = ("lora_tune", "unfused", "raw", "floor", "trl")
+HERE = ("lora_tune", "unfused", "masked", "by_document", "compiled", "raw", "floor", "trl")
 OWN_ENVIRONMENT = {"unsloth": "benchmarks.peers.with_unsloth", "llamafactory": "benchmarks.peers.with_llamafactory"}
 PEERS = Path(os.environ.get("LORA_TUNE_PEERS", ROOT.parent / "peers"))
 TOLERANCE = 0.01

@@ -113,22 +113,22 @@ class InOrder(EpochSampler):
         return list(range(self.rows))
 
 
-def train_section(job: Job, *, kernels: str, checkpointing: str = "none") -> Train:
+def train_section(job: Job, *, kernels: str, checkpointing: str = "none", compiled: str = "off") -> Train:
     """The recipe's `train` section for this job."""
     return Train(
         max_steps=job.steps, batch_size=job.batch, micro_batch_size=job.batch, max_length=job.length, warmup=0,
         packing=False, learning_rate=job.learning_rate, schedule="constant", gradient_checkpointing=checkpointing,
-        optimizer="adamw", kernels=kernels,
+        optimizer="adamw", kernels=kernels, compile=compiled,
     )  # fmt: skip
 
 
-def base_section(folder: Path, job: Job) -> Base:
+def base_section(folder: Path, job: Job, *, attention: str = "auto") -> Base:
     """The recipe's `base` section for this job."""
     quantize: Any = "nf4" if job.method == "qlora" else "none"
-    return Base(name=str(folder / "base"), quantize=quantize, compute_dtype="bfloat16")
+    return Base(name=str(folder / "base"), quantize=quantize, compute_dtype="bfloat16", attention=attention)
 
 
-def ours(folder: Path, job: Job, out: Path, *, train: Train) -> Any:
+def ours(folder: Path, job: Job, out: Path, *, train: Train, attention: str = "auto") -> Any:
     """The trainer of `lora-tune run`, with all of its accounting; adapters in float32 as in a run."""
     from lora_tune.model.attention import use_varlen
     from lora_tune.model.base import load_base
@@ -136,7 +136,7 @@ def ours(folder: Path, job: Job, out: Path, *, train: Train) -> Any:
     from lora_tune.model.source import find_base
     from lora_tune.training import trainer as training
 
-    base, lora = base_section(folder, job), Lora(rank=job.rank, alpha=job.alpha)
+    base, lora = base_section(folder, job, attention=attention), Lora(rank=job.rank, alpha=job.alpha)
     columns = [{**row, "seq_lengths": [len(row["labels"])]} for row in labelled(folder)]
     dataset = Dataset.from_list(columns).remove_columns("attention_mask")
     source = find_base(base)
@@ -150,10 +150,13 @@ def ours(folder: Path, job: Job, out: Path, *, train: Train) -> Any:
     return trainer
 
 
-def our_side(folder: Path, job: Job, turns: Turns, *, kernels: str) -> None:
+def our_side(
+    folder: Path, job: Job, turns: Turns, *, kernels: str = "auto", compiled: str = "off", attention: str = "auto"
+) -> None:
     """Train in turns."""
+    train = train_section(job, kernels=kernels, checkpointing=job.recompute, compiled=compiled)
     with tempfile.TemporaryDirectory() as out:
-        trainer = ours(folder, job, Path(out), train=train_section(job, kernels=kernels, checkpointing=job.recompute))
+        trainer = ours(folder, job, Path(out), train=train, attention=attention)
         trainer.add_callback(waits(turns, TrainerCallback))
         trainer.train()
 
@@ -162,8 +165,11 @@ SIDES: dict[str, Callable[[Path, Job, Turns], None]] = {
     "raw": raw,
     "floor": floor,
     "trl": trl,
-    "lora_tune": lambda folder, job, turns: our_side(folder, job, turns, kernels="auto"),
+    "lora_tune": our_side,
     "unfused": lambda folder, job, turns: our_side(folder, job, turns, kernels="off"),
+    "masked": lambda folder, job, turns: our_side(folder, job, turns, attention="sdpa"),
+    "by_document": lambda folder, job, turns: our_side(folder, job, turns, attention="varlen"),
+    "compiled": lambda folder, job, turns: our_side(folder, job, turns, compiled="layers"),
 }
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 Every combination of LoRA and QLoRA, fused and PEFT's path, no layer and every layer recomputed trains three steps in a
 process of its own. On a CPU the peak is what the process grew by: its resident high-water mark during the steps, less
-what it held before the base was loaded and after a training of a tiny base had brought every library in. On a GPU it is
-what torch allocated at most. Neither holds the runtime's own memory, which is left out of the plan as well.
+what it held before the base was loaded and after a training of a tiny base had brought every library in; glibc's malloc
+is told to give freed memory back at once, so that what is held counts and not what it keeps. On a GPU it is what torch
+allocated at most. Neither holds the runtime's own memory, which is left out of the plan as well.
 
 The minimum is what the algebra needs and no more: weights, 16-bit adapters and gradients with 32-bit moments, kept
 activations of fused layers (12h + 4I + 4kv bytes per token), and the larger of a loss head in tiles and one layer's
@@ -32,6 +33,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 GIB = 2**30
 NF4 = 0.5 + 1 / 64 + 4 / 16384
 HEAD_TILE = (4096, 32_768)
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
 def minimum_gib(sizes: dict[str, int], job: Job, *, recomputed: int) -> float:
@@ -146,7 +148,7 @@ def measure(shape: str, *, batch: int, length: int) -> dict[str, Any]:
             write_base(folder / place / "base", of)
             write_rows(folder / place, of, rows=job.batch * STEPS, length=job.length)
             job.write(folder / place)
-        environment = {**stay_home(), "PYTHONPATH": str(ROOT), "LORA_TUNE_CACHE": str(folder / "cache")}
+        environment = {**stay_home(), "PYTHONPATH": str(ROOT), "LORA_TUNE_CACHE": str(folder / "cache"), **GIVES_BACK}
         rows = []
         for case in cases():
             command = [sys.executable, "-m", "benchmarks.memory", "--case", json.dumps(case), "--folder", str(folder)]

@@ -131,9 +131,8 @@ def versions(packages: Sequence[str]) -> dict[str, str]:
 
 def forget_loading() -> None:
     """What loading took of a card for a moment is no part of a training's peak; every tool gives it back."""
-    import torch
-
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

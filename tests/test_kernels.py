@@ -304,3 +304,48 @@ def test_a_trained_norm_and_a_trained_base_layer_are_left_alone() -> None:
     fused = fuse(model)
     assert fused.norms == 0 and fused.mlp == 1 and fused.left["a trained base layer"] == 1
     assert distance(step(model)[1], own[1]) < 1e-5
+
+
+class Gated(nn.Module):
+    """A norm that takes a second input, as models with linear attention have them: needed, or left out to be asked."""
+
+    def __init__(self, *, needed: bool) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(48), requires_grad=False), 1e-6
+        self.forward = self.with_gate if needed else self.with_or_without  # type: ignore[assignment]
+
+    def with_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return self.with_or_without(x) * gate.sigmoid()
+
+    def with_or_without(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        x = x if gate is None else x * gate.sigmoid()
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class GatedNorms(nn.Module):
+    """Both kinds, beside an ordinary norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([Gated(needed=True), Gated(needed=False), nn.RMSNorm(48, eps=1e-6)])
+        self.norms[2].weight.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.norms[2](self.norms[1](self.norms[0](x, x), x))
+        return found
+
+
+def test_a_norm_with_a_second_input_keeps_its_own_path() -> None:
+    model, x = GatedNorms(), torch.randn(3, 48, requires_grad=True)
+    expected = model(x)
+    fused = fuse(model)
+    assert fused.norms == 1
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_the_gated_norms_of_real_architectures_keep_their_path() -> None:
+    from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
+
+    model = nn.ModuleList([BambaRMSNormGated(48, 48), Qwen3NextRMSNormGated(48)]).requires_grad_(False)
+    assert fuse(model).norms == 0

@@ -7,6 +7,7 @@ parameter) keeps PEFT's path, layer by layer.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -233,7 +234,7 @@ def _gated_mlp(
     Asked with numbers, as names do not tell it, once for all parents that are made alike.
     """
     for names in MLPS:
-        if not _all_plain(children, names):
+        if not (_all_plain(children, names) and _takes_one(parent)):
             continue
         layers = [children[name] for name in names]
         rest = tuple(f"{name} {child}" for name, child in children.items() if name not in names)
@@ -274,12 +275,20 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return found.shape == expected.shape and bool(error <= _SAME.get(expected.dtype, 1e-5))
 
 
+def _takes_one(module: nn.Module) -> bool:
+    """Its forward pass has one input: with a second one, such as a gate, it may compute something else."""
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    return kinds == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
+
+
 def _fuse_norms(model: nn.Module, fused: Fused) -> None:
     """Every module that computes w · x / rms(x), or (1 + w) · x / rms(x), with a frozen weight."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not (isinstance(weight, nn.Parameter) and weight.dim() == 1 and isinstance(epsilon, float)):
+            continue
+        if not _takes_one(module):
             continue
         offset = _offset_of(module, weight, epsilon)
         if offset is not None and not weight.requires_grad:

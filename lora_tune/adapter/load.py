@@ -21,7 +21,7 @@ from lora_tune.adapter.expected_keys import PREFIX
 from lora_tune.adapter.folder import CONFIG, WEIGHTS
 from lora_tune.errors import CheckFailed, Problem
 from lora_tune.model.base import fit_embeddings
-from lora_tune.model.methods import SavedAdapter
+from lora_tune.model.methods import SavedAdapter, without_bitsandbytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +71,11 @@ def attach_saved(model: PreTrainedModel | PeftModel, saved: SavedAdapter, *, nam
         settings["target_modules"] = _updated_modules(saved.tensors)
     config = LoraConfig(task_type="CAUSAL_LM", inference_mode=True, lora_dropout=0.0, **settings)
     devices = [device for device in {parameter.device for parameter in model.parameters()} if device.type == "cuda"]
-    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():  # PEFT draws A, which is overwritten below
+    with (
+        torch.random.fork_rng(devices=devices),  # PEFT draws A, which is overwritten below
+        warnings.catch_warnings(),
+        without_bitsandbytes(),
+    ):
         for message in _UPSTREAM_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         if isinstance(model, PeftModel):

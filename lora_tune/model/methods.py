@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import model as peft_lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from lora_tune.errors import Problem, RecipeError, UsageError
+from lora_tune.imports import is_in_use
 from lora_tune.model import initialisation
 from lora_tune.model.base import fit_embeddings, full_weight
 from lora_tune.model.base_fit import end_of
@@ -96,11 +99,26 @@ def attach(
         torch.manual_seed(seed)
         for message in _UPSTREAM_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
+        with without_bitsandbytes():
+            peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
         _initialise(peft_model, lora, source=source, base=base, batches=batches)
     if start is not None:
         _continue(peft_model, start)
     return peft_model
+
+
+@contextmanager
+def without_bitsandbytes() -> Iterator[None]:
+    """While an adapter is attached: PEFT does not import bitsandbytes, which nobody has used so far, for its layers."""
+    names = () if is_in_use("bitsandbytes") else ("is_bnb_available", "is_bnb_4bit_available")
+    asked = {name: getattr(peft_lora, name) for name in names}
+    try:
+        for name in asked:
+            setattr(peft_lora, name, lambda: False)
+        yield
+    finally:
+        for name, function in asked.items():
+            setattr(peft_lora, name, function)
 
 
 # tied embeddings are handled (PEFT ties the trained rows); fan_in_fan_out is set by PEFT itself for GPT-2's layers

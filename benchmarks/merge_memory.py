@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -123,16 +124,19 @@ def main() -> None:
     parser.add_argument(
         "--shape", choices=["embedded", *sorted(SHAPES)], default="1b", help="embedded: that base alone"
     )
-    parser.add_argument("--folder", type=Path, help="where the base is made and kept; a temporary folder by default")
+    parser.add_argument("--folder", type=Path, help="where base and adapter are made and kept for another run; a temporary folder by default")
     arguments = parser.parse_args()
     if arguments.shape == "embedded":
         with tempfile.TemporaryDirectory() as scratch:
             keep({**embedded(Path(scratch) / "example"), "versions": library_versions()}, shape="embedded")
         return
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
-        place = Path(scratch)
-        write_base(place / "base", arguments.shape)
-        make_adapter(place / "base", place / "adapter")
+    with tempfile.TemporaryDirectory() as scratch:
+        place = arguments.folder or Path(scratch)
+        if not (place / "adapter").exists():
+            write_base(place / "base", arguments.shape)
+            make_adapter(place / "base", place / "adapter")
+        for old in ("merged", "example"):  # of an earlier run in the same folder
+            shutil.rmtree(place / old, ignore_errors=True)
         row = {
             "messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I do not know. " * 8}]
         }

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from lora_tune.errors import CheckFailed
 
 _BUCKET = 25_000_000  # numbers of gradients that are sent at once, at most
+_SMALL = 100_000  # numbers in a weight that is not gathered again and again while answers are written
+_HELD = -1  # in place of the number of a module that uses a weight
 _OTHER = "set hardware.strategy: fsdp2"
 
 
@@ -296,10 +298,18 @@ def standing(model: nn.Module, to: Literal["read", "write"]) -> Iterator[None]:
 
 @contextmanager
 def called_in_parts(model: Any) -> Iterator[None]:
-    """Inside, modules of the model are called alone: the order of calls that is known from training does not hold."""
-    offload = next(p for p in model.parameters() if p.requires_grad)._z3_optimizer.parameter_offload
+    """Inside, modules of the model are called alone: the order of calls that is known from training does not hold.
+
+    The adapter and what is small stand whole for the time, so that a layer asks only for its frozen matrices.
+    """
+    parameters = list(model.parameters())
+    offload = next(p for p in parameters if p.requires_grad)._z3_optimizer.parameter_offload
     offload.partition_all_parameters()
     offload.get_param_coordinator().reset_step()
+    held = [parameter for parameter in parameters if parameter.requires_grad or parameter.ds_numel <= _SMALL]
+    held[0].all_gather(param_list=held)
+    for parameter in held:
+        parameter.ds_active_sub_modules.add(_HELD)
     try:
         yield
     finally:

@@ -191,22 +191,29 @@ def read_optimizer(optimizer: torch.optim.Optimizer, *, tensors: Path, text: Pat
     for group, saved in zip(optimizer.param_groups, stored["groups"], strict=True):
         group.update({name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name != "count"})
     named, on_cpu = load_file(tensors), set(stored["on_cpu"])
-    parameters = _parameters(optimizer)
+    parameters, parts = _parameters(optimizer), _parts_of(optimizer)
     optimizer.state.clear()
     for key, tensor in named.items():
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
-        if isinstance(optimizer, PartsOptimizer):
-            optimizer.take_state(parameter, name, tensor)
+        if parts is not None:
+            parts.take_state(parameter, name, tensor)
         else:
             optimizer.state[parameter][name] = tensor if key in on_cpu else as_divided(tensor, parameter)
-    for index, values in stored["numbers"].items() if not isinstance(optimizer, PartsOptimizer) else ():
+    for index, values in stored["numbers"].items() if parts is None else ():
         optimizer.state[parameters[int(index)]].update(values)
 
 
+def _parts_of(optimizer: Any) -> PartsOptimizer | None:
+    """The optimizer of an adapter that DeepSpeed divides, out of accelerate's wrapping; None where it is another."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, PartsOptimizer) else None
+
+
 def _states_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Mapping[str, Any]:
-    if isinstance(optimizer, PartsOptimizer):
-        return optimizer.whole_states(parameter)
+    parts = _parts_of(optimizer)
+    if parts is not None:
+        return parts.whole_states(parameter)
     found: Mapping[str, Any] = optimizer.state.get(parameter, {})
     return found
 

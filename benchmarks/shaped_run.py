@@ -103,6 +103,8 @@ def write_base(folder: Path, shape: str, *, weights: Path | None = None) -> None
             made[name] = random.to(torch.bfloat16).cpu()
             index[name] = file_name
         save_file(made, folder / file_name, metadata={"format": "pt"})
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the run is another process
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 

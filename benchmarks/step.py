@@ -74,9 +74,13 @@ def write_base(folder: Path, shape: str) -> None:
 
     torch.manual_seed(1)
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, bos_token_id=1, eos_token_id=1, pad_token_id=0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    roomy = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 20 * 2**30
+    with torch.device("cuda" if roomy else "cpu"):
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    del model
+    if roomy:
+        torch.cuda.empty_cache()  # the sides are other processes
     words = Tokenizer(WordLevel({f"t{number}": number for number in range(16)}, unk_token="t2"))
     PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t1", unk_token="t2"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -224,15 +223,27 @@ def like_2_11(
     return like_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
 
-@pytest.mark.parametrize("kernel", [like_2_11, like_2_13])
+def grouped_2_11(
+    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
+    scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:  # fmt: skip
+    """One that takes fewer heads of keys without saying so."""
+    options = {"scale": scale, "window_size": window_size, "enable_gqa": query.shape[1] != key.shape[1]}
+    return like_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+
+
+@pytest.mark.parametrize(("kernel", "groups"), [(like_2_11, "repeated"), (grouped_2_11, "taken"), (like_2_13, "told")])
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_kernel_is_asked_as_each_release_describes_it(
-    kernel: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
+    kernel: Any, groups: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = frozenset(inspect.signature(kernel).parameters)
-    monkeypatch.setattr(attention, "_kernel", lambda: (kernel, names))
-    monkeypatch.setattr(attention, "_kernel_takes", lambda device, dtype, head_size: True)
-    attention._takes_groups.cache_clear()
+    monkeypatch.setattr(attention, "_kernel", lambda: kernel)
+    monkeypatch.setattr(attention, "_is_new_enough", lambda device: True)
+    monkeypatch.setattr(attention, "_is_for_kernel", lambda query, value, dtype: True)
+    monkeypatch.setattr(attention._Ready, "kernel", None)
+    monkeypatch.setattr(attention._Ready, "groups", "told")
+    assert attention._make_ready(torch.device("cpu"))
+    assert attention._Ready.groups == groups
     query, key = torch.randn(1, 6, 11, 8), torch.randn(1, 2, 11, 8)
     bounds = torch.tensor([0, 4, 11], dtype=torch.int32)
     empty = torch.empty(1, 1, 0, 0, dtype=torch.bool)
@@ -241,7 +252,6 @@ def test_the_kernel_is_asked_as_each_release_describes_it(
     torch.testing.assert_close(
         found, attention.by_document(query, key, key, bounds_D=bounds, scale=0.2, window=window), atol=1e-6, rtol=0
     )
-    attention._takes_groups.cache_clear()
 
 
 @pytest.mark.gpu
@@ -253,6 +263,7 @@ def test_the_kernel_gives_what_each_document_gives(dtype: torch.dtype, window: i
     parts = [torch.randn(1, heads, 60, 64, device="cuda", dtype=dtype, requires_grad=True) for heads in (8, 2, 2)]
     bounds = torch.tensor([0, 1, 20, 60, 60], dtype=torch.int32, device="cuda")
     flat = [part[0].transpose(0, 1) for part in parts]
+    assert attention._make_ready(torch.device("cuda"))
     kernel = attention.by_kernel(*flat, bounds_D=bounds, longest=64, window=window)[None]
     own = attention.by_document(*parts, bounds_D=bounds, window=window)
     for found, expected in zip(

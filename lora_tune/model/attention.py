@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from lora_tune.recipe import Base
 NAME = "varlen"
 BOUNDS = "cu_seq_lens_q"
 _LARGEST_HEAD = 256  # of the kernel, which takes multiples of 8
+_HALVES = (torch.bfloat16, torch.float16)
 _SAME = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}  # of a few tokens' logits, relative
 _MISFITS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)  # what a strange model raises
 _UNKNOWN = ("softcap", "s_aux", "position_bias")  # what layers may ask for and neither way here computes
@@ -93,27 +94,42 @@ def _dtype_of(model: Any) -> torch.dtype:
 
 
 def _kernel_is_for(model: Any, config: Any) -> bool:
+    """Whether the kernel computes this model's attention where it lies."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return _kernel_takes(model.device, _dtype_of(model), head_size)
+    return _make_ready(model.device) and _dtype_of(model) in _HALVES and _takes_heads(head_size)
 
 
-def _kernel_takes(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
-    """Whether the kernel computes heads of this size there."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or _kernel() is None:
-        return False
-    fits = head_size % 8 == 0 and head_size <= _LARGEST_HEAD
-    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
+def _takes_heads(head_size: int) -> bool:
+    return head_size % 8 == 0 and head_size <= _LARGEST_HEAD
 
 
-@cache
-def _kernel() -> tuple[Callable[..., torch.Tensor], frozenset[str]] | None:
-    """`varlen_attn` and the names of its arguments, where this PyTorch has it with windows (from 2.11 on)."""
+class _Ready:
+    """The kernel of this process's GPU, looked up once: layers that are compiled read nothing but names."""
+
+    kernel: Callable[..., Any] | None = None
+    groups: Literal["told", "taken", "repeated"] = "repeated"  # fewer heads of keys than of queries
+
+
+def _make_ready(device: torch.device) -> bool:
+    """Look the kernel up for a device; whether there is one."""
+    if _Ready.kernel is None and _is_new_enough(device) and (found := _kernel()):
+        told = "enable_gqa" in inspect.signature(found).parameters
+        _Ready.groups = "told" if told else "taken" if _takes_groups(found, device) else "repeated"
+        _Ready.kernel = found
+    return _Ready.kernel is not None
+
+
+def _is_new_enough(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _kernel() -> Callable[..., Any] | None:
+    """`varlen_attn` where this PyTorch has it with windows, which is from 2.11 on."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    names = frozenset(inspect.signature(varlen_attn).parameters)
-    return (varlen_attn, names) if "window_size" in names else None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
 
 
 def _tell_decoder(model: Any) -> None:
@@ -239,12 +255,17 @@ def attend(
     if given.get("dropout") or query_BHTD.shape[0] != 1 or not causal:
         raise ValueError("its attention is not causal, has dropout, or goes over several rows")
     scale, window = given.get("scaling"), given.get("sliding_window")
-    dtype, head_size = _dtype(query_BHTD), query_BHTD.shape[-1]
-    if _kernel_takes(query_BHTD.device, dtype, head_size) and head_size == value_BHTD.shape[-1]:
+    dtype = _dtype(query_BHTD)
+    if _is_for_kernel(query_BHTD, value_BHTD, dtype):
         parts = [tensor[0].transpose(0, 1).to(dtype) for tensor in (query_BHTD, key_BHTD, value_BHTD)]
         longest = int(given["max_length_q"])
         return by_kernel(*parts, bounds_D=bounds_D, longest=longest, scale=scale, window=window)[None], None
     return by_document(query_BHTD, key_BHTD, value_BHTD, bounds_D=bounds_D, scale=scale, window=window), None
+
+
+def _is_for_kernel(query: torch.Tensor, value: torch.Tensor, dtype: torch.dtype) -> bool:
+    same = query.shape[-1] == value.shape[-1]
+    return query.is_cuda and _Ready.kernel is not None and dtype in _HALVES and same and _takes_heads(query.shape[-1])
 
 
 def _dtype(like: torch.Tensor) -> torch.dtype:
@@ -300,36 +321,40 @@ def by_kernel(
     window: int | None = None,
 ) -> torch.Tensor:
     """All documents in one launch of `varlen_attn`, (T, heads, D): CUDA, 16 bit. `longest` may be too large."""
-    found = _kernel()
-    if found is None:
-        raise ValueError("this PyTorch has no varlen_attn with windows")
-    kernel, names = found
+    if _Ready.kernel is None:
+        raise ValueError("no kernel was found for this device")
     groups, more = query_THD.shape[1] // key_THD.shape[1], {}
-    if groups > 1 and "enable_gqa" in names:
+    if groups > 1 and _Ready.groups == "told":
         more["enable_gqa"] = True
-    elif groups > 1 and not _takes_groups(query_THD.device, query_THD.dtype):
+    elif groups > 1 and _Ready.groups == "repeated":
         key_THD, value_THD = key_THD.repeat_interleave(groups, 1), value_THD.repeat_interleave(groups, 1)
-    left = -1 if window is None else window - 1
-    return kernel(
-        query_THD, key_THD, value_THD, bounds_D, bounds_D, longest, longest, scale=scale, window_size=(left, 0), **more
+    window_size = (-1 if window is None else window - 1, 0)
+    return _Ready.kernel(
+        query_THD,
+        key_THD,
+        value_THD,
+        bounds_D,
+        bounds_D,
+        longest,
+        longest,
+        scale=scale,
+        window_size=window_size,
+        **more,
     )
 
 
-@cache
-def _takes_groups(device: torch.device, dtype: torch.dtype) -> bool:
+def _takes_groups(kernel: Callable[..., Any], device: torch.device) -> bool:
     """Whether a kernel that does not say so (2.11) takes fewer heads of keys than of queries: asked with numbers."""
-    found = _kernel()
-    if found is None:
-        return False
     bounds_D = torch.tensor([0, 3, 8], dtype=torch.int32, device=device)
     results = []
     for repeats in (1, 2):
         draw = torch.Generator().manual_seed(0)
-        parts = [torch.randn(8, heads, 16, generator=draw).to(device, dtype).requires_grad_() for heads in (4, 2, 2)]
-        query, key, value = parts[0], parts[1].repeat_interleave(repeats, 1), parts[2].repeat_interleave(repeats, 1)
+        parts = [torch.randn(8, heads, 16, generator=draw).to(device, torch.float16) for heads in (4, 2, 2)]
+        query, key, value = (part.requires_grad_() for part in parts)
+        several = [part.repeat_interleave(repeats, 1) for part in (key, value)]
         try:
             with torch.enable_grad():
-                out = found[0](query, key, value, bounds_D, bounds_D, 5, 5, window_size=(-1, 0))
+                out = kernel(query, *several, bounds_D, bounds_D, 5, 5, window_size=(-1, 0))
                 results.append([out, *torch.autograd.grad(out.float().square().sum(), parts)])
         except (RuntimeError, ValueError):
             return False

@@ -300,6 +300,7 @@ def _facts(plan: MemoryPlan, duration: Duration) -> dict[str, Any]:
         "accumulation": plan.accumulation,
         "gradient_checkpointing": plan.gradient_checkpointing,
         "optimizer": plan.optimizer,
+        "offload": plan.offload,
         "tokens_per_s": plan.tokens_per_s and round(plan.tokens_per_s, 1),
         "step_s": plan.step_s and round(plan.step_s, 4),
         "hours": duration.hours and round(duration.hours, 4),

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lora_tune.evaluation.scores import Comparison
     from lora_tune.training.evaluations import Evaluation
 
+_RESOLVED = {"micro_batch_size", "gradient_checkpointing", "optimizer", "learning_rate", "offload"}  # once for a run
 app = typer.Typer(help="Train one adapter from one recipe.", add_completion=False)
 
 
@@ -177,7 +178,7 @@ def _resolve(recipe: Recipe, source: BaseSource, *, start: Start) -> tuple[Recip
         changes = {name: value for name, value in resolved.items() if name in Train.model_fields}
         each = recipe.train.batch_size // here().world
         changes["micro_batch_size"] = fitting_micro_batch(changes["micro_batch_size"], each)
-        for name in ("micro_batch_size", "gradient_checkpointing"):
+        for name in ("micro_batch_size", "gradient_checkpointing", "offload"):
             if f"train.{name}" in start.allowed and getattr(recipe.train, name) != "auto":
                 changes[name] = getattr(recipe.train, name)
     else:
@@ -199,6 +200,7 @@ def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remot
         from lora_tune.model.attention import use_varlen
         from lora_tune.model.base import checkpoint_layers, load_base
         from lora_tune.model.methods import attach
+        from lora_tune.model.offload import offload_checkpoints
         from lora_tune.training.batches import first_batches
 
         start = read_adapter(Path(recipe.lora.start_from)) if recipe.lora.start_from else None
@@ -210,6 +212,8 @@ def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remot
         )
         layers = recipe.train.gradient_checkpointing
         checkpoint_layers(model, "none" if layers == "auto" else layers)
+        if recipe.train.offload == "checkpoints":
+            offload_checkpoints(model)
         if why := use_varlen(model, recipe.base):
             messages().print(f"base.attention: the model keeps its own, as {why}")
     return model
@@ -229,7 +233,7 @@ def _train(
     facts = RunFacts(
         identity=start.identity,
         allowed=start.allowed,
-        resolved=train.model_dump(include={"micro_batch_size", "gradient_checkpointing", "optimizer", "learning_rate"})
+        resolved=train.model_dump(include=_RESOLVED)
         | {"reason": planned.reason, "strategy": team.strategy, "processes": team.world},
         groups=partial(parameter_groups, model, lora=lora, train=train) if lora.plus_ratio else None,
         sources=[entry.name for entry in prepared.identities],

@@ -26,6 +26,7 @@ from lora_tune.data.pipeline import Prepared, encode, read_conversations
 from lora_tune.data.sources import _hub_rows
 from lora_tune.errors import CheckFailed, LoraTuneError
 from lora_tune.model.base import linear4bit_modules, load_base
+from lora_tune.model.memory import plan_memory
 from lora_tune.model.methods import saved_adapter
 from lora_tune.model.source import find_base, load_tokenizer
 from lora_tune.model.strategy import Layout, layout_of
@@ -35,8 +36,8 @@ from lora_tune.run import _compare, _load, _prepare, _resolve, _train
 from lora_tune.training.planned import Planned
 from lora_tune.training.progress import read_metrics
 from lora_tune.training.start import Start
-
 from lora_tune.training.trainer import build
+
 RECIPE = """\
 base: {name: base, quantize: none, compute_dtype: float32}
 data: [{source: rows.jsonl, format: messages}]
@@ -123,6 +124,18 @@ def loaded(recipe: Recipe) -> tuple[Any, ...]:
     return find_base(recipe.base).name, kind, layer, model.dtype, model.config._attn_implementation
 
 
+def embedding(recipe: Recipe) -> str:
+    """What the input embedding is."""
+    return type(load_base(find_base(recipe.base), recipe.base).get_input_embeddings()).__name__
+
+
+def gib_of_a_card(recipe: Recipe) -> float:
+    """What the plan says that the run needs of a GPU; test_offload.py trains so."""
+    config = {**find_base(recipe.base).config, "num_hidden_layers": 8}
+    held = {"base": recipe.base, "lora": recipe.lora, "train": recipe.train}
+    return plan_memory(config, **held, budget_gib=1000, device="cuda").peak_gib
+
+
 def started(recipe: Recipe) -> str:
     """The adapter before the first step: config and hash of the tensors."""
     recipe, source = recipe, find_base(recipe.base)
@@ -185,6 +198,16 @@ def weights(recipe: Recipe) -> str:
     return trained(recipe)["weights"]
 
 
+def compiled(recipe: Recipe) -> bool:
+    """Whether the decoder layers would compute compiled; nothing is compiled before the first step."""
+    source = find_base(recipe.base)
+    chat, rows_ = _prepare(recipe, source)
+    recipe, _ = _resolve(recipe, source, start=Start())
+    model = _load(recipe, source, rows_, trust_remote_code=None)
+    build(model, rows_.train, train=recipe.train, evaluation=None, seed=1, folder=Path(recipe.output), chat=chat)
+    return "forward" in vars(model.base_model.model.model.layers[0])
+
+
 def part(name: str) -> Looks:
     """One of the things that `trained` looks at."""
     return lambda recipe: trained(recipe)[name]
@@ -197,16 +220,6 @@ def ending(recipe: Recipe) -> str:
     except CheckFailed as error:
         return str(error)
     return "all steps are done"
-
-def compiled(recipe: Recipe) -> bool:
-    """Whether the decoder layers would compute compiled; nothing is compiled before the first step."""
-    source = find_base(recipe.base)
-    chat, rows_ = _prepare(recipe, source)
-    recipe, _ = _resolve(recipe, source, start=Start())
-    model = _load(recipe, source, rows_, trust_remote_code=None)
-    build(model, rows_.train, train=recipe.train, evaluation=None, seed=1, folder=Path(recipe.output), chat=chat)
-    return "forward" in vars(model.base_model.model.model.layers[0])
-
 
 
 def refusal(recipe: Recipe) -> str:
@@ -238,6 +251,7 @@ KEYS: dict[
     "base.double_quant": (loaded, "false", ("base.quantize=nf4",)),
     "base.compute_dtype": (loaded, "bfloat16", ()),
     "base.attention": (loaded, "eager", ()),
+    "base.embeddings": (embedding, "cpu", ()),
     "base.chat_template": (tokens, "other.jinja", ()),
     "base.name": (lambda recipe: find_base(recipe.base).name, "builtin:quickstart", ()),
     "data.0.source": (tokens, "other.jsonl", ()),
@@ -280,7 +294,9 @@ KEYS: dict[
     "train.too_long": (tokens, "drop", ()),
     "train.packing": (tokens, "true", ()),
     "train.gradient_checkpointing": (part("layers"), "1", ()),
+    "train.offload": (gib_of_a_card, "checkpoints", ("train.gradient_checkpointing=all", "train.max_length=100000")),
     "train.kernels": (weights, "off", ()),
+    "train.compile": (compiled, "layers", ()),
     "train.neftune_alpha": (weights, "5", ()),
     "train.save_every": (part("checkpoints"), "1", ()),
     "train.keep_checkpoints": (part("checkpoints"), "1", ("train.save_every=1",)),
@@ -296,7 +312,6 @@ KEYS: dict[
     "limits.dropped_rows": (refusal, "0", ("train.too_long=drop",)),
     "limits.lost_tokens": (refusal, "0", ()),
     "limits.lost_end_tokens": (refusal, "0", ()),
-    "train.compile": (compiled, "layers", ()),
     "limits.duplicates": (refusal, "0", ()),
     "hardware.processes": (layout, "2", ()),
     "hardware.nodes": (layout, "2", ()),

@@ -21,8 +21,8 @@ from lora_tune.recipe import DataSource
 
 KEYS = [
     "exit_code", "parts_gib", "peak_gib", "uncertainty_gib", "fits", "micro_batch_size", "accumulation",
-    "gradient_checkpointing", "optimizer", "tokens_per_s", "step_s", "hours", "parameters", "trainable_parameters",
-    "problems",
+    "gradient_checkpointing", "optimizer", "offload", "tokens_per_s", "step_s", "hours", "parameters",
+    "trainable_parameters", "problems",
 ]  # fmt: skip
 PARTS = ["weights", "adapters", "gradients", "optimizer", "activations", "loss_head", "buffers", "runtime"]
 CONFIG: dict[str, Any] = {

@@ -16,6 +16,7 @@ from lora_tune.imports import is_in_use, quick_imports
 from lora_tune.model import hub
 from lora_tune.model.base_config import check_trust, stored_bits
 from lora_tune.model.kernels.choice import dequantize
+from lora_tune.model.offload import keep_embedding_on_host
 from lora_tune.model.source import BaseSource
 from lora_tune.model.weights import tensor_infos
 from lora_tune.recipe import Base
@@ -73,6 +74,8 @@ def load_base(
     protect_from_repacking(model)
     _set_dtype(model, compute_dtype(base))
     model.requires_grad_(False)
+    if base.embeddings == "cpu":
+        keep_embedding_on_host(model)
     return model.eval()
 
 
@@ -264,11 +267,11 @@ def checkpoint_layers(model: PreTrainedModel, layers: Literal["all", "none"] | i
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
+    # transformers 5.23 renamed both; up to then (constraints/gpu.txt) they are called after gradients
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if layers == "none" or layers == 0:
         getattr(model, f"{word}_checkpointing_disable")()
         return
-    # transformers 5.23 renamed both; up to then (constraints/gpu.txt) they are called after gradients
-    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     try:
         how = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
         getattr(model, f"{word}_checkpointing_enable")(**how)

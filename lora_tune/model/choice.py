@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import Any
+from itertools import combinations, product
+from typing import Any, Literal
 
 from lora_tune.model.cards import CARDS, Card, usable_gib
 from lora_tune.model.footprint import Choice, Job, parts_gib, uncertainty_gib
 from lora_tune.model.speed import flop_per_token, step_seconds
 from lora_tune.model.strategy import STRATEGIES
+from lora_tune.recipe import EMBEDDING_NAMES
 
 MARGIN = 0.95  # share of the free memory that a plan may use, its uncertainty included
 MOST_TOKENS = 8_192  # of a packed micro-batch chosen here: dequantizing is 2 % of a step then, and masks stay small
@@ -50,20 +51,31 @@ def needed_gib(job: Job, choice: Choice) -> float:
 def choose(job: Job, budget_gib: float, *, card: Card | None) -> Choice | None:
     """The fastest combination that fits; None where none does.
 
+    Inputs of checkpointed layers leave the GPU (`offload: auto`) only where nothing fits with all of them there.
+
     `micro_batch_size: auto` tries the powers of two that divide `batch_size` (packed: up to 8,192 tokens),
     `gradient_checkpointing: auto` takes for each just as many layers as memory needs, and `optimizer: auto` an 8-bit
     AdamW only where nothing fits with AdamW (on a GPU). What the recipe fixes stays.
     """
-    for optimizer in optimizers(job):
+    for offload, optimizer in product(offloads(job), optimizers(job)):
         fitting = []
         for micro in micro_batches(job):
-            layers = _fewest_layers(job, micro, optimizer, budget_gib)
-            if layers is not None:
-                choice = Choice(micro, layers, optimizer)
+            choice = _fewest_layers(job, Choice(micro, 0, optimizer, offload), budget_gib)
+            if choice is not None:
                 fitting.append((step_seconds(job, choice, card), -micro, choice))
         if fitting:
             return min(fitting, key=lambda option: option[:2])[2]
     return None
+
+
+def offloads(job: Job) -> tuple[Literal["none", "checkpoints"], ...]:
+    """Where the inputs of checkpointed layers may wait, in the order to try: on a CPU they are there already."""
+    train = job.train
+    if job.device == "cpu" or STRATEGIES[job.layout.strategy].divided or train.compile == "layers":
+        return ("none",)
+    if train.offload != "auto":
+        return (train.offload,)
+    return ("none",) if train.gradient_checkpointing == "none" else ("none", "checkpoints")
 
 
 def optimizers(job: Job) -> tuple[str, ...]:
@@ -88,7 +100,7 @@ def micro_batches(job: Job) -> list[int]:
 def least(job: Job) -> Choice:
     """The combination that needs the least memory of those that the recipe allows."""
     _, most = _layers(job)
-    return Choice(micro_batches(job)[-1], most, optimizers(job)[-1])
+    return Choice(micro_batches(job)[-1], most, optimizers(job)[-1], offloads(job)[-1])
 
 
 def _layers(job: Job) -> tuple[int, int]:
@@ -100,18 +112,20 @@ def _layers(job: Job) -> tuple[int, int]:
     return count, count
 
 
-def _fewest_layers(job: Job, micro: int, optimizer: str, budget_gib: float) -> int | None:
-    """How many layers must be checkpointed at least to fit: by halving, since each one more saves memory."""
+def _fewest_layers(job: Job, choice: Choice, budget_gib: float) -> Choice | None:
+    """The choice with the fewest checkpointed layers that fit: by halving, since each one more saves memory."""
     low, high = _layers(job)
-    if not fits(job, Choice(micro, high, optimizer), budget_gib):
-        return None
+    if not fits(job, replace(choice, checkpointed=high), budget_gib):
+        high -= 1  # with all of them, the last one's input stands beside what it is computed again into
+        if high < low or not fits(job, replace(choice, checkpointed=high), budget_gib):
+            return None
     while low < high:
         middle = (low + high) // 2
-        if fits(job, Choice(micro, middle, optimizer), budget_gib):
+        if fits(job, replace(choice, checkpointed=middle), budget_gib):
             high = middle
         else:
             low = middle + 1
-    return high
+    return replace(choice, checkpointed=high)
 
 
 def fits(job: Job, choice: Choice, budget_gib: float) -> bool:
@@ -172,6 +186,10 @@ def _steps(job: Job) -> Iterator[_Step]:
         yield _Step("train.micro_batch_size", "auto", 0)
     if train.gradient_checkpointing != "auto":
         yield _Step("train.gradient_checkpointing", "auto", 0)
+    if train.offload == "none" and job.device == "cuda" and "checkpoints" in offloads(_asking(job, "checkpoints")):
+        yield _Step("train.offload", "auto", 0)
+    if base.embeddings == "device" and job.device == "cuda" and _embedding_is_free(job):
+        yield _Step("base.embeddings", "cpu", 0)
     known = STRATEGIES[job.layout.strategy].optimizers
     if job.device == "cuda" and train.optimizer in ("adamw", "paged_adamw") and "adamw_8bit" in known:
         yield _Step("train.optimizer", "adamw_8bit", 0)
@@ -195,6 +213,18 @@ def _steps(job: Job) -> Iterator[_Step]:
     while length >= _SHORTEST:
         yield _Step("train.max_length", length, 2)
         length //= 2
+
+
+def _asking(job: Job, offload: Literal["none", "checkpoints"]) -> Job:
+    return replace(job, train=job.train.model_copy(update={"offload": offload}))
+
+
+def _embedding_is_free(job: Job) -> bool:
+    """Whether the input embedding can leave the card: it is not the head as well, not trained, not divided."""
+    lora = job.lora
+    named = [*lora.modules_to_save, *(() if lora.targets == "all-linear" else lora.targets)]
+    trained = lora.new_tokens or any(name.rpartition(".")[2] in EMBEDDING_NAMES for name in named)
+    return not (job.shape.tied or trained or STRATEGIES[job.layout.strategy].divided)
 
 
 def _larger_cards(job: Job, budget_gib: float, *, card: Card | None) -> Iterator[Change]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from lora_tune.errors import Problem, UsageError
 from lora_tune.model.activations import (
     Kernels,
     has_latents,
@@ -42,6 +43,7 @@ _ANCHORED = ("pissa", "olora")  # keep frozen anchors as large as what is traine
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "lm_head")
 _EVALUATED_TOKENS = 8_192  # of a batch of the held-out loss; halved on a GPU where it does not fit
 _LOSS_POSITIONS = 256  # of a row whose log-probabilities are computed at once
+_INPUTS_HERE = 3  # that of the last layer, of the one that is recomputed, and the one on its way (`offload.py`)
 _LOSS_TILE = {"cpu": 2**26, "cuda": 2**28}  # bytes of the logits that are computed at once
 LOSS_BLOCK = {"cpu": 2**18, "cuda": 2**22}  # of them, those that PyTorch works on at once in float32
 EXACT = ("weights", "adapters", "gradients", "optimizer")  # parts that are counted, not estimated
@@ -51,11 +53,14 @@ _ERROR = {"weights": 0.005, "activations": 0.03, "loss_head": 0.3, "buffers": 0.
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What `auto` became: sequences of a micro-batch, how many layers recompute their activations, the optimizer."""
+    """What `auto` became: sequences of a micro-batch, how many layers recompute their activations, the optimizer, and
+    whether the inputs of those layers wait in the machine's memory.
+    """
 
     micro: int
     checkpointed: int
     optimizer: str
+    offload: Literal["none", "checkpoints"] = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,8 @@ class Job:
     @property
     def kernels(self) -> Kernels:
         """What of the layers computes fused (`model/kernels/`): nothing where they are divided between processes."""
-        if self.train.kernels == "off" or STRATEGIES[self.layout.strategy].divided:
+        given = self.train.kernels == "auto" and self.train.compile == "off"
+        if not given or STRATEGIES[self.layout.strategy].divided:
             return "off"
         return "norms" if self.base.quantize == "int8" else "auto"
 
@@ -97,9 +103,12 @@ def job_of(
 ) -> Job:
     """The formulas' inputs from a `config.json` for one card; a base stored quantized keeps its own kind.
 
-    Raises UsageError for a config that cannot be read.
+    Raises UsageError for a config that cannot be read, or an embedding on the CPU that is the head as well.
     """
     shape = shape_of(config)
+    if base.embeddings == "cpu" and shape.tied:
+        fix = "set it to device: the table is needed there"
+        raise UsageError(Problem("the head of this base is its embedding, got cpu", fix, key="base.embeddings"))
     stored = config.get("quantization_config")
     if isinstance(stored, Mapping):
         double = bool(stored.get("bnb_4bit_use_double_quant"))
@@ -188,6 +197,8 @@ def _training(job: Job, choice: Choice) -> dict[str, float]:
     )
     recomputed = choice.checkpointed * input_bytes(shape, tokens=tokens, element=element)
     recomputed += max(shape.layers - choice.checkpointed, 1) * one_set
+    away = offloaded_bytes(job, choice)
+    kept, recomputed = kept - away, recomputed - away
     head, layer = _loss_head(job, tokens), _layer_buffers(job, tokens)
     return _held(job, choice) | {
         "activations": kept,
@@ -195,6 +206,14 @@ def _training(job: Job, choice: Choice) -> dict[str, float]:
         "buffers": max(0.0, recomputed + layer - kept - head) + _lasting_buffers(job, tokens),
         "runtime": RUNTIME_GIB * GIB,
     }
+
+
+def offloaded_bytes(job: Job, choice: Choice) -> int:
+    """Bytes of the inputs of checkpointed layers that wait in the machine's memory; three are on the GPU at a time."""
+    if choice.offload == "none" or job.device == "cpu":
+        return 0
+    one = input_bytes(job.shape, tokens=choice.micro * job.train.max_length, element=job.element)
+    return max(0, choice.checkpointed - _INPUTS_HERE) * one
 
 
 def _evaluation(job: Job, choice: Choice) -> dict[str, float]:
@@ -219,16 +238,22 @@ def _evaluation(job: Job, choice: Choice) -> dict[str, float]:
 def _weights(job: Job) -> float:
     """The frozen base: linear layers as quantized; embeddings, head, norms and experts in the compute dtype."""
     shape, quantize = job.shape, job.base.quantize
-    rest = shape.embedding_parameters + shape.expert_parameters + shape.other_parameters
     four_bit = _NF4 if job.base.double_quant else _NF4_SINGLE
     per_weight = {"nf4": four_bit, "fp4": four_bit, "int8": 1.0, "none": float(job.element)}[quantize]
-    return shape.linear_parameters * per_weight + rest * job.element
+    return shape.linear_parameters * per_weight + _unquantized(job)
 
 
 def unquantized_gib(job: Job) -> float:
     """GiB of the base that no quantization reaches: embeddings, head, norms and experts."""
+    return _unquantized(job) / GIB
+
+
+def _unquantized(job: Job) -> int:
+    """Bytes of it on the device: without the input embedding where that stays in the machine's memory."""
     shape = job.shape
-    return (shape.embedding_parameters + shape.expert_parameters + shape.other_parameters) * job.element / GIB
+    elsewhere = shape.vocabulary * shape.hidden if job.base.embeddings == "cpu" and job.device == "cuda" else 0
+    rest = shape.embedding_parameters + shape.expert_parameters + shape.other_parameters
+    return (rest - elsewhere) * job.element
 
 
 def trainable_parameters(shape: Shape, lora: Lora) -> int:

@@ -29,10 +29,12 @@ from lora_tune.model.choice import (
 )
 from lora_tune.model.device import Device, device_budget, this_machine
 from lora_tune.model.footprint import (
+    GIB,
     Choice,
     Job,
     formula_gib,
     job_of,
+    offloaded_bytes,
     parts_gib,
     trainable_parameters,
     uncertainty_gib,
@@ -67,6 +69,7 @@ class MemoryPlan:
     trainable_parameters: int
     reason: str
     optimizer: str
+    offload: Literal["none", "checkpoints"]
     uncertainty_gib: float
     formula_gib: dict[str, float]
     flop_per_step: float
@@ -86,6 +89,7 @@ class MemoryPlan:
             "micro_batch_size": self.micro_batch_size,
             "gradient_checkpointing": self.gradient_checkpointing,
             "optimizer": self.optimizer,
+            "offload": self.offload,
         }
 
 
@@ -172,6 +176,7 @@ def plan_job(
         trainable_parameters=trainable_parameters(job.shape, job.lora),
         reason=_reason(job, choice, budget_gib, card) if chosen else f"does not fit into {budget_gib:.1f} GiB",
         optimizer=choice.optimizer,
+        offload=choice.offload if choice.checkpointed else "none",
         uncertainty_gib=uncertainty_gib(job, parts),
         formula_gib=formula_gib(job, choice),
         flop_per_step=flop_per_step(job, choice),
@@ -207,10 +212,18 @@ def _reason(job: Job, choice: Choice, budget_gib: float, card: Card | None) -> s
     peak = sum(parts_gib(job, choice).values())
     text = (
         f"micro-batch {choice.micro} x {job.train.max_length} tokens, "
-        f"{kept.get(choice.checkpointed, f'{choice.checkpointed} of {layers} layers recomputed')}, {choice.optimizer}: "
+        f"{kept.get(choice.checkpointed, f'{choice.checkpointed} of {layers} layers recomputed')}"
+        f"{_away(job, choice)}, {choice.optimizer}: "
         f"about {peak:.1f} of {budget_gib:.1f} GiB free"
     )
     return f"{text}; {_why(job, choice, budget_gib, card)}"
+
+
+def _away(job: Job, choice: Choice) -> str:
+    away = offloaded_bytes(job, choice)
+    if job.train.offload == "checkpoints" and job.device == "cpu":
+        return " (train.offload: on a CPU their inputs are in the machine's memory anyway)"
+    return f" from {away / GIB:.1f} GiB of inputs in the machine's memory" if away else ""
 
 
 def _why(job: Job, choice: Choice, budget_gib: float, card: Card | None) -> str:
@@ -219,7 +232,7 @@ def _why(job: Job, choice: Choice, budget_gib: float, card: Card | None) -> str:
     if "auto" not in (train.micro_batch_size, train.gradient_checkpointing):
         return "as the recipe says"
     larger = 2 * choice.micro
-    whole = Choice(choice.micro, 0, choice.optimizer)
+    whole = replace(choice, checkpointed=0)
     if choice.checkpointed and train.gradient_checkpointing == "auto" and not fits(job, whole, budget_gib):
         return f"without recomputing it would need {needed_gib(job, whole):.1f} GiB, and 5 % stay free"
     if train.micro_batch_size != "auto":
@@ -230,7 +243,7 @@ def _why(job: Job, choice: Choice, budget_gib: float, card: Card | None) -> str:
         whole_batch = f"the whole batch_size {train.batch_size}"
         powers = f"the largest power of two that divides batch_size {train.batch_size}"
         return whole_batch if choice.micro == train.batch_size else powers
-    other = Choice(larger, choice.checkpointed, choice.optimizer)
+    other = replace(choice, micro=larger)
     if not fits(job, other, budget_gib):
         recomputed = choose(_fixed(job, larger), budget_gib, card=card)
         if recomputed is None:

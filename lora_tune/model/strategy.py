@@ -166,6 +166,10 @@ def _conflicts(strategy: Strategy, base: Base, lora: Lora, train: Train) -> Iter
         for key, asked in {"modules_to_save": lora.modules_to_save, "new_tokens": lora.new_tokens}.items():
             if asked:
                 yield Problem(f"cannot be trained under {name}", f"remove it, {other}", key=f"lora.{key}")
+        if base.embeddings == "cpu":
+            yield Problem(f"{name} divides the embedding already", f"set it to device, {other}", key="base.embeddings")
+        if train.offload == "checkpoints":
+            yield Problem(f"does not work under {name}", f"write none, {other}", key="train.offload")
         if lora.plus_ratio:
             yield Problem(f"cannot be used under {name}", f"remove it, {other}", key="lora.plus_ratio")
     if name == "zero3":

@@ -33,7 +33,7 @@ _FREE: Any = {
     "output": True,
     "track": True,
     "hardware": True,
-    "base": {"name", "chat_template"},
+    "base": {"name", "chat_template", "embeddings"},
     "lora": {"start_from"},
 }
 _PLACES = ("source", "prompts")  # of a data source
@@ -48,6 +48,7 @@ SAFE: dict[str, str] = {
     "train.max_skipped_steps": "more or fewer steps may be left out",
     "train.micro_batch_size": "the same step in other parts: losses differ by rounding",
     "train.gradient_checkpointing": "the same numbers from less or more memory",
+    "train.offload": "the same numbers from less or more memory of the GPU",
     "train.budget": "another limit for time",
     "eval.every": "other steps are evaluated",
     "eval.metrics": "other scores at the end",

@@ -13,7 +13,7 @@ the ids before the first trained token are `prompt_ids(messages before it)`, tok
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -184,11 +184,10 @@ class ChatTemplate:
         """Encode, in one batch, all segments of these drafts and the beginnings of those that a turn's edge divides."""
         keys = []
         for draft in drafts:
-            edges = [edge for span in draft.spans for edge in span]
             draft.segments = self._encoder.segments(draft.text, marks=draft.marks)
-            for segment in draft.segments:
-                keys.append((segment.kind, segment.text))
-                keys += [(segment.kind, segment.text[:inner]) for inner in _inside(segment, edges)]
+            keys += [segment[:2] for segment in draft.segments]
+            for segment, edge in _divided(draft.segments, draft.spans):
+                keys.append((segment.kind, segment.text[: edge - segment.start]))
         self._encoder.prepare(keys)
 
     def _encode(
@@ -209,12 +208,12 @@ class ChatTemplate:
         """The row of a draft, or None where several turns share it and a token spans the edge of one of them."""
         edges = [edge for span in draft.spans for edge in span]
         cuts: set[int] = set()
-        ids, places = self._ids_and_places(draft, edges, cuts)
+        ids, places = self._ids_and_places(draft, cuts)
         while missing := [edge for edge in edges if edge not in places]:
             if len(draft.spans) > 1 and not draft.whole:
                 return None
             cuts.add(missing[0])
-            ids, places = self._ids_and_places(draft, edges, cuts)
+            ids, places = self._ids_and_places(draft, cuts)
         mask = np.full(len(ids) + len(draft.added_ids), draft.whole)
         for start, end in draft.spans:
             mask[places[start] : places[end]] = not draft.whole
@@ -231,9 +230,7 @@ class ChatTemplate:
         where = (conversation.source, conversation.file, conversation.line)
         return TokenRow(np.asarray(ids, dtype=np.int32), mask, *where, frozenset(notes))
 
-    def _ids_and_places(
-        self, draft: Draft, edges: Sequence[int], cuts: Iterable[int]
-    ) -> tuple[list[int], dict[int, int]]:
+    def _ids_and_places(self, draft: Draft, cuts: Iterable[int]) -> tuple[list[int], dict[int, int]]:
         """The ids of a draft cut at `cuts`, and for each edge (characters) its place (tokens) unless a token spans it.
 
         An edge inside a segment has a place only if the segment's beginning, encoded alone as serving would, gives the
@@ -245,13 +242,12 @@ class ChatTemplate:
         if cuts or not segments:
             segments = self._encoder.segments(draft.text, marks=draft.marks, cuts=cuts)
         for segment in segments:
-            segment_ids = self._encoder.ids(segment.kind, segment.text)
             places[segment.start] = len(ids)
-            for inner in _inside(segment, edges):
-                head = self._encoder.ids(segment.kind, segment.text[:inner])
-                if segment_ids[: len(head)] == head:
-                    places[segment.start + inner] = len(ids) + len(head)
-            ids += segment_ids
+            ids += self._encoder.ids(segment.kind, segment.text)
+        for segment, edge in _divided(segments, draft.spans):
+            head = self._encoder.ids(segment.kind, segment.text[: edge - segment.start])
+            if self._encoder.ids(segment.kind, segment.text)[: len(head)] == head:
+                places[edge] = places[segment.start] + len(head)
         places[len(draft.text)] = len(ids)
         return ids, places
 
@@ -327,6 +323,12 @@ def _literal_text(template: str) -> str:
     return "\0".join(found)
 
 
-def _inside(segment: Segment, edges: Sequence[int]) -> list[int]:
-    """The edges that fall inside a segment, counted from its start."""
-    return [edge - segment.start for edge in edges if segment.start < edge < segment.end]
+def _divided(segments: Sequence[Segment], spans: Iterable[tuple[int, int]]) -> Iterator[tuple[Segment, int]]:
+    """The edges of spans that fall inside a segment, with it; segments and edges in order."""
+    edges = sorted(edge for span in spans for edge in span)
+    at = 0
+    for segment in segments:
+        while at < len(edges) and edges[at] < segment.end:
+            if edges[at] > segment.start:
+                yield segment, edges[at]
+            at += 1

@@ -93,7 +93,7 @@ def test_every_layer_is_told_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None
 
     def watch(*inputs: Any, **rest: Any) -> Any:
         seen.append(rest)
-        return attention.attend(*inputs, **rest)
+        return attention.on_attention(*inputs, **rest)
 
     model = model_of("llama", {})
     assert attention.use_varlen(model, ASKED) == ""
@@ -101,7 +101,7 @@ def test_every_layer_is_told_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None
     try:
         model(**packed()[1], use_cache=False)
     finally:
-        AttentionInterface.register(attention.NAME, attention.attend)
+        AttentionInterface.register(attention.NAME, attention.on_attention)
     assert [call["cu_seq_lens_q"].tolist() for call in seen] == [[0, 9, 10, 24, 30]] * 2
     assert {call["max_length_q"] for call in seen} == {14}
 
@@ -120,7 +120,7 @@ def test_a_layer_that_is_not_told_fails_instead_of_mixing_documents() -> None:
     part = torch.randn(1, 2, 5, 8)
     empty = torch.empty(1, 1, 0, 0, dtype=torch.bool)
     with pytest.raises(ValueError, match="not told the bounds"):
-        attention.attend(torch.nn.Module(), part, part, part, empty)
+        attention.on_attention(torch.nn.Module(), part, part, part, empty)
 
 
 def test_evaluations_and_answers_are_sdpas_bit_for_bit() -> None:
@@ -248,7 +248,7 @@ def test_the_kernel_is_asked_as_each_release_describes_it(
     bounds = torch.tensor([0, 4, 11], dtype=torch.int32)
     empty = torch.empty(1, 1, 0, 0, dtype=torch.bool)
     given = {"cu_seq_lens_q": bounds, "max_length_q": 7, "scaling": 0.2, "sliding_window": window, "dropout": 0.0}
-    found, _ = attention.attend(torch.nn.Module(), query, key, key, empty, **given)
+    found, _ = attention.on_attention(torch.nn.Module(), query, key, key, empty, **given)
     torch.testing.assert_close(
         found, attention.by_document(query, key, key, bounds_D=bounds, scale=0.2, window=window), atol=1e-6, rtol=0
     )

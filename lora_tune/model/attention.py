@@ -67,7 +67,7 @@ def keep_out_of_graphs(model: Any) -> None:
     if is_used(model) and not _kernel_is_for(model, model.config.get_text_config()):
         from transformers import AttentionInterface
 
-        AttentionInterface.register(NAME, torch.compiler.disable(attend))
+        AttentionInterface.register(NAME, torch.compiler.disable(on_attention))
 
 
 def _not_for(config: Any) -> str:
@@ -180,7 +180,7 @@ def _register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, on_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
@@ -212,21 +212,21 @@ def _windows_seen() -> Iterator[list[int | None]]:
 
     seen: list[int | None] = []
 
-    def watch(*inputs: Any, **given: Any) -> Any:
+    def on_watched(*inputs: Any, **given: Any) -> Any:
         seen.append(given.get("sliding_window"))
-        return attend(*inputs, **given)
+        return on_attention(*inputs, **given)
 
-    AttentionInterface.register(NAME, watch)
+    AttentionInterface.register(NAME, on_watched)
     try:
         yield seen
     finally:
-        AttentionInterface.register(NAME, attend)
+        AttentionInterface.register(NAME, on_attention)
 
 
 # -- what a layer calls -----------------------------------------------------------------------------------------------
 
 
-def attend(
+def on_attention(
     module: nn.Module,
     query_BHTD: torch.Tensor,
     key_BHTD: torch.Tensor,

@@ -46,11 +46,11 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor") -> int:
         if kind not in compiled:
             inner = getattr(kind.forward, "__wrapped__", kind.forward)
             compiled[kind] = torch.compile(inner, backend=backend)
-        layer.forward = partial(_forward, layer, compiled[kind])  # type: ignore[method-assign]
+        layer.forward = partial(on_forward, layer, compiled[kind])  # type: ignore[method-assign]
     return len(layers)
 
 
-def _forward(layer: Any, compiled: Callable[..., Any], *inputs: Any, **given: Any) -> Any:
+def on_forward(layer: Any, compiled: Callable[..., Any], *inputs: Any, **given: Any) -> Any:
     """A layer's own forward pass, or the compiled one."""
     if not (layer.training and torch.is_grad_enabled()):
         return type(layer).forward(layer, *inputs, **given)

@@ -53,6 +53,7 @@ ELSEWHERE: dict[str, str] = {
     "use_flash_attention_2": "base.attention: flash_attention_2",
     "attn_implementation": "base.attention",
     "attn_impl": "base.attention",
+    "torch_compile": "train.compile: layers",
     "sdp_attention": "base.attention: sdpa",
     "xformers_attention": "base.attention: sdpa",
     "template": "base.chat_template (a Jinja file; without it the base's own template is used)",

@@ -260,6 +260,7 @@ RULES: dict[str, Rule] = {
     "fp16": when("base.compute_dtype", "float16"),
     **dict.fromkeys(("flash_attention", "flash_attn"), when("base.attention", "flash_attention_2")),
     **dict.fromkeys(("attn_implementation", "attn_impl"), choice("base.attention", _ATTENTION)),
+    **dict.fromkeys(("compile", "torch_compile"), when("train.compile", "layers")),
     "template": unsupported("the base's own chat template is used; another one is a Jinja file in base.chat_template"),
     "chat_template": unsupported("the base's own chat template is used; write this one to a file: base.chat_template"),
     "prompt_style": unsupported(

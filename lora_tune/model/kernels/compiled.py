@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -45,7 +46,9 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor") -> int:
         kind = type(layer)
         if kind not in compiled:
             inner = getattr(kind.forward, "__wrapped__", kind.forward)
-            compiled[kind] = torch.compile(inner, backend=backend)
+            with warnings.catch_warnings():  # torch deprecates some of what it imports for this itself
+                warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\..*")
+                compiled[kind] = torch.compile(inner, backend=backend)
         layer.forward = partial(on_forward, layer, compiled[kind])  # type: ignore[method-assign]
     return len(layers)
 

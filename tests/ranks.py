@@ -74,6 +74,7 @@ def _server() -> subprocess.Popen[str]:
         environment = {
             **os.environ,
             "TORCH_CPP_LOG_LEVEL": "FATAL",
+            "DS_ACCELERATOR": "cpu",  # read when DeepSpeed is imported, below
             "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
         }
         program = [sys.executable, "-c", "import ranks; ranks.serve()"]
@@ -87,7 +88,8 @@ def _server() -> subprocess.Popen[str]:
 
 def serve() -> None:
     """Import, then answer requests, one JSON line each, until stdin ends; the answer is the exit codes."""
-    for name in (*warm._MODULES, "bitsandbytes", "torch.distributed.fsdp", "matplotlib.figure"):
+    divided = ("torch.distributed.fsdp", "deepspeed.runtime.zero.stage3")
+    for name in (*warm._MODULES, "bitsandbytes", *divided, "matplotlib.figure"):
         importlib.import_module(name)
     import torch
 

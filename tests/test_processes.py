@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ output: out
 """
 ROWS = 43  # five steps of 8 and one of 3, in which two of four processes have nothing
 BASES = {"lora": (), "nf4": ("base.quantize=nf4",)}
-SHARED = {"2 ddp": (2, "ddp"), "4 ddp": (4, "ddp"), "2 fsdp2": (2, "fsdp2")}
+SHARED = {"2 ddp": (2, "ddp"), "4 ddp": (4, "ddp"), "2 fsdp2": (2, "fsdp2"), "2 zero3": (2, "zero3")}
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +106,11 @@ def require_same(folder: Path, reference: Path) -> None:
     [
         ("lora", "2 ddp"),
         pytest.param("lora", "4 ddp", marks=SELDOM),
-        pytest.param("lora", "2 fsdp2", marks=SELDOM),
-        pytest.param("nf4", "2 ddp", marks=SELDOM),
+        ("lora", "2 fsdp2"),
+        ("lora", "2 zero3"),
+        ("nf4", "2 ddp"),
         ("nf4", "2 fsdp2"),
+        ("nf4", "2 zero3"),
     ],
 )
 def test_several_processes_train_as_one(
@@ -114,10 +118,11 @@ def test_several_processes_train_as_one(
 ) -> None:
     world, strategy = SHARED[shared]
     name = f"{base}-{world}-{strategy}"
-    ended = run(name, world, *BASES[base], f"hardware.strategy={strategy}")
+    recomputed = "train.gradient_checkpointing=1"  # of two layers, which changes no number
+    ended = run(name, world, *BASES[base], f"hardware.strategy={strategy}", recomputed)
     assert ended.codes == (0,) * world, ended.err
     assert not any(ended.err[1:] + ended.out[1:]), "only the first process prints"
-    assert ("all 49 weights are divided over 2 processes" in ended.err[0]) == (strategy == "fsdp2")
+    assert ("all 49 weights are divided over 2 processes" in ended.err[0]) == (strategy != "ddp")
     require_same(workplace / name, alone(base))
     shares = json.loads((workplace / name / "ledger.json").read_text())["rows_of_processes"]
     assert sum(shares) == ROWS and len(shares) == world
@@ -129,6 +134,8 @@ def test_several_processes_train_as_one(
         ("fewer", (2, "ddp"), (1, "auto")),
         pytest.param("more", (1, "auto"), (4, "ddp"), marks=SELDOM),
         pytest.param("whole", (2, "fsdp2"), (1, "auto"), marks=SELDOM),
+        ("parts", (2, "zero3"), (1, "auto")),
+        pytest.param("to parts", (1, "auto"), (2, "zero3"), marks=SELDOM),
     ],
 )
 def test_a_run_goes_on_with_another_number_of_processes(
@@ -148,6 +155,7 @@ FAULTS = {
     "kill rank 1": (1, "ddp", Strike(1, signal.SIGKILL, turn=8), "is gone"),
     "rank 0 hangs": (0, "ddp", Strike(0, signal.SIGSTOP, turn=8), "has not answered for 5 s"),
     "rank 1 of a divided base hangs": (1, "fsdp2", Strike(1, signal.SIGSTOP, turn=8), "has not answered for 5 s"),
+    "rank 0 of flat parts hangs": (0, "zero3", Strike(0, signal.SIGSTOP, turn=8), "has not answered for 5 s"),
     "kill during a gathered save": (
         0,
         "fsdp2",
@@ -179,10 +187,10 @@ def test_what_depends_on_time_and_chance_is_decided_by_the_first(workplace: Path
     assert [row["progress"] for row in rows if "loss" in row][-1] == 1 and any("eval" in row for row in rows)
 
 
-@SELDOM[0]
-@SELDOM[1]
-def test_our_own_launcher_tells_of_a_killed_process_once(workplace: Path) -> None:
-    arguments = ["recipe.yaml", "output=launched", "hardware.processes=2", "train.epochs=2000", "--no-preflight"]
+@contextmanager
+def launched(workplace: Path, name: str) -> Iterator[subprocess.Popen[str]]:
+    """A long run of two processes that our own launcher started, once it has a checkpoint."""
+    arguments = ["recipe.yaml", f"output={name}", "hardware.processes=2", "train.epochs=2000", "--no-preflight"]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     started = subprocess.Popen(
         [sys.executable, "-m", "lora_tune", "run", *arguments],
@@ -190,16 +198,42 @@ def test_our_own_launcher_tells_of_a_killed_process_once(workplace: Path) -> Non
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
-        while not list((workplace / "launched" / "checkpoints").glob("step-*")) and started.poll() is None:
+        while not list((workplace / name / "checkpoints").glob("step-*")) and started.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        yield started
+    finally:
+        started.kill()
+
+
+@SELDOM[0]
+@SELDOM[1]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_our_own_launcher_stops_all_processes_with_a_checkpoint(
+    workplace: Path, number: signal.Signals
+) -> None:
+    with launched(workplace, number.name) as started:
+        workers = children(started.pid)
+        assert len(workers) >= 2
+        started.send_signal(number)
+        _, err = started.communicate(timeout=60)
+    assert started.returncode == 128 + number, err
+    (line,) = [line for line in err.splitlines() if "stopped by" in line]
+    step = re.fullmatch(rf"stopped by {number.name} after step (\d+); the same command with --resume .*", line)
+    found = checkpoint.newest(workplace / number.name, report=lambda line: pytest.fail(line))
+    assert step and found is not None and found.step == int(step[1]), line
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()], "nothing of it runs on"
+
+
+@SELDOM[0]
+@SELDOM[1]
+def test_our_own_launcher_tells_of_a_killed_process_once(workplace: Path) -> None:
+    with launched(workplace, "launched") as started:
         places = [Path(f"/proc/{name}/environ").read_bytes() for name in children(started.pid)]
         ranked = {number: pid for pid, text in zip(children(started.pid), places, strict=True)
                   for number in (0, 1) if f"\0RANK={number}\0".encode() in b"\0" + text}  # fmt: skip
         os.kill(ranked[1], signal.SIGKILL)
         _, err = started.communicate(timeout=60)
-    finally:
-        started.kill()
     lines = err.splitlines()
     assert started.returncode == 4 and "2 processes, ddp" in lines[0]
     assert [line for line in lines if "killed" in line] == lines[-1:], err
@@ -317,4 +351,13 @@ def test_what_does_not_work_divided_is_refused_with_what_does(
     (problem,) = conflicts("fsdp2", **parts)  # type: ignore[arg-type]
     assert problem.key == key and "hardware.strategy: ddp" in problem.fix
     assert conflicts("ddp", **parts) == [] and set(STRATEGIES) == {"single", "ddp", "fsdp2", "zero3"}  # type: ignore[arg-type]
-    assert "write fsdp2" in conflicts("zero3", **parts)[-1].fix  # type: ignore[arg-type]
+    assert [problem.key for problem in conflicts("zero3", **parts)] == [key]  # type: ignore[arg-type]
+
+
+def test_zero3_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"lora": Lora(), "train": Train()}
+    (problem,) = conflicts("zero3", base=Base(name="b", compute_dtype="float16"), **parts)  # type: ignore[arg-type]
+    assert problem.key == "base.compute_dtype" and "bfloat16" in problem.fix
+    monkeypatch.setattr("lora_tune.model.strategy.find_spec", lambda name: None)
+    (problem,) = conflicts("zero3", base=Base(name="b"), **parts)  # type: ignore[arg-type]
+    assert "lora_tune[zero3]" in problem.fix and "fsdp2" in problem.fix

@@ -54,7 +54,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """Kills at many moments of steps and of a gathered save, processes that hang, a machine that is lost."""
-    for strategy in ("ddp", "fsdp2"):
+    for strategy in ("ddp", "fsdp2", "zero3"):
         for rank in (0, 1):
             for turn in range(1, 12, 2):
                 strike = ranks.Strike(rank, signal.SIGKILL, turn=turn)

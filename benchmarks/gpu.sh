@@ -9,7 +9,7 @@
 # on PYTHONPATH (`pip install --target`); peers in LORA_TUNE_PEERS/TOOL, an environment or such a folder; what is not
 # there is left out with a line. --list prints the parts, --dry makes them in small, on a CPU as well.
 # Afterwards: python -m benchmarks.gpu_table --write
-set -u
+set -uf  # words with brackets are overrides of a recipe, no patterns of files
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 OUT=benchmarks/results/gpu
@@ -38,7 +38,7 @@ GIB=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/n
 RECOMPUTE=none
 [ "${GIB:-81920}" -lt 61440 ] && RECOMPUTE=all
 SHAPE=8b WHOLE=llama-8b SHORT="--batch 4 --length 2048" LONG="--batch 1 --length 8192" ROUNDS=7 SIZES=8,12,16,24 STEPS=10
-PEERS_ASKED=raw,trl,unsloth,llamafactory OURS=unfused,masked,compiled LENGTH=2048
+PEERS_ASKED=unsloth,trl,raw,llamafactory OURS=masked,unfused,compiled LENGTH=2048
 if [ $DRY = yes ]; then
     SHAPE=tiny WHOLE=tiny SHORT="--batch 2 --length 32" LONG="--batch 1 --length 64" ROUNDS=1 SIZES=8 STEPS=1
     PEERS_ASKED=raw OURS=masked LENGTH=128
@@ -47,20 +47,20 @@ fi
 WORK=${LORA_TUNE_BENCH:-${TMPDIR:-/tmp}/lora_tune-gpu}   # the random base, 16 GB, is made once
 WEIGHTS="--weights $WORK/base-$SHAPE"
 [ $DRY = yes ] && WEIGHTS=
-STEP="-m benchmarks.step --shape $SHAPE --threads 1 --rounds $ROUNDS --base $WORK/base-$SHAPE"
+STEP="-m benchmarks.step --shape $SHAPE --threads 1 --rounds $ROUNDS --base $WORK/base-$SHAPE --seconds {s}"
 
-# name | seconds at most | command; {} is the results file
+# name | seconds at most | command; {} is the results file, {s} the seconds after which a step says what it has
 parts() {
     cat <<PARTS
 versions|120|$PYTHON -m benchmarks.gpu_table --machine {}
 kernels|240|$PYTHON -m benchmarks.gpu_table --tests {}
-step_4x2048_qlora|420|$PYTHON $STEP --method qlora $SHORT --recompute $RECOMPUTE --against $PEERS_ASKED --json {}
-step_1x8192_qlora|360|$PYTHON $STEP --method qlora $LONG --recompute $RECOMPUTE --against $PEERS_ASKED --json {}
+step_4x2048_qlora|600|$PYTHON $STEP --method qlora $SHORT --recompute $RECOMPUTE --against $PEERS_ASKED --json {}
+step_1x8192_qlora|480|$PYTHON $STEP --method qlora $LONG --recompute $RECOMPUTE --against $PEERS_ASKED --json {}
 context|420|$PYTHON -m benchmarks.context --shape $SHAPE --gib $SIZES --base $WORK/base-$SHAPE --json {}
-step_4x2048_ours|300|$PYTHON $STEP --method qlora $SHORT --recompute $RECOMPUTE --against raw,$OURS --json {}
+step_4x2048_ours|300|$PYTHON $STEP --method qlora $SHORT --recompute $RECOMPUTE --against $OURS,raw --json {}
 run|300|$PYTHON -m benchmarks.shaped_run --shape $WHOLE $WEIGHTS --steps $STEPS --keep {} train.max_length=$LENGTH eval.metrics=[loss] eval.samples=0
-step_4x2048_lora|300|$PYTHON $STEP --method lora $SHORT --recompute $RECOMPUTE --against $PEERS_ASKED --json {}
-step_1x8192_ours|300|$PYTHON $STEP --method qlora $LONG --recompute $RECOMPUTE --against raw,$OURS --json {}
+step_4x2048_lora|420|$PYTHON $STEP --method lora $SHORT --recompute $RECOMPUTE --against $PEERS_ASKED --json {}
+step_1x8192_ours|300|$PYTHON $STEP --method qlora $LONG --recompute $RECOMPUTE --against $OURS,raw --json {}
 PARTS
 }
 
@@ -94,8 +94,9 @@ while IFS='|' read -r name limit command; do
     rm -f "$result"
     start=$(date +%s)
     echo "$name: at most $limit s"
+    command=${command//\{\}/$result}
     # shellcheck disable=SC2086  (the command is words)
-    timeout -k 10 "$limit" ${command//\{\}/$result} >"$OUT/$name.log" 2>&1 </dev/null
+    timeout -k 10 "$limit" ${command//\{s\}/$((limit > 120 ? limit - 45 : limit))} >"$OUT/$name.log" 2>&1 </dev/null
     code=$?
     took=$(($(date +%s) - start))
     if [ -s "$result" ]; then

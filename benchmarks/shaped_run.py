@@ -88,8 +88,8 @@ def write_base(folder: Path, shape: str, *, weights: Path | None = None) -> None
     for name in TOKENIZER_FILES:
         if (quickstart.folder / name).exists():
             shutil.copy(quickstart.folder / name, folder / name)
-    if weights is not None:
-        for file in weights.glob("*.safetensors*"):
+    if weights is not None and (files := list(weights.glob("*.safetensors*"))):
+        for file in files:
             (folder / file.name).symlink_to(file.resolve())
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -29,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -164,10 +165,13 @@ class Side:
         return statistics.median(step[clock] for step in self.steps[WARM_UP:-1])
 
 
-def one_pass(names: Sequence[str], folder: Path, job: Job, *, peers: Path, left_out: dict[str, str]) -> dict[str, Side]:
+def one_pass(
+    names: Sequence[str], folder: Path, job: Job, *, peers: Path, left_out: dict[str, str], ends: float = math.inf
+) -> dict[str, Side]:
     """Start the tools one after the other, each alone up to its first step, then let them take turns.
 
-    On a GPU a tool takes all of its steps before the next one starts. `left_out` collects who could not, and why.
+    On a GPU a tool takes all of its steps before the next one starts. `left_out` collects who could not, and why;
+    `ends` (of the monotonic clock, seconds) is when a tool that still runs is stopped, and none starts any more.
     """
     import torch
 
@@ -176,13 +180,22 @@ def one_pass(names: Sequence[str], folder: Path, job: Job, *, peers: Path, left_
     sides: dict[str, Side] = {}
 
     def lets(tool: str, *, steps: int) -> None:
+        stop = None
         try:
+            if time.monotonic() > ends:
+                raise LeftOut
             if tool not in sides:
                 sides[tool] = Side(tool, folder, threads=job.threads, peers=peers)
+            if ends < math.inf:
+                stop = threading.Timer(ends - time.monotonic(), sides[tool].process.kill)
+                stop.start()
             for _ in range(steps):
                 sides[tool].step()
         except LeftOut as reason:
-            left_out[tool] = str(reason)
+            left_out[tool] = str(reason) if time.monotonic() < ends else "the time was over"
+        finally:
+            if stop is not None:
+                stop.cancel()
 
     try:
         for tool in names:
@@ -220,14 +233,16 @@ def row_of(name: str, one: Side, two: Side, job: Job, *, raw: Side | None) -> di
 
 def measure(
     names: Sequence[str], *, shape: str, job: Job, threads: Sequence[int] = (1, 2), peers: Path = PEERS,
-    base: Path | None = None,
+    base: Path | None = None, seconds: float = math.inf,
 ) -> dict[str, Any]:  # fmt: skip
     """Both passes; `{machine, versions, shape, method, …, rows, left_out}`. `base` is made once and kept there.
+    After so many `seconds` the tools that are done are what is said, and the others are left out.
 
     Raises:
         SystemExit: lora_tune itself did not run, or on a CPU the raw loop (a card may be too small for it).
     """
     left_out: dict[str, str] = {}
+    ends = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="step-") as name:
         folder = Path(name)
         if base is None or not (base / "config.json").exists():
@@ -239,7 +254,7 @@ def measure(
         for count in threads:
             here = [tool for tool in names if tool not in left_out]
             this = Job(**{**vars(job), "threads": count})
-            passes.append(one_pass(here, folder, this, peers=peers, left_out=left_out))
+            passes.append(one_pass(here, folder, this, peers=peers, left_out=left_out, ends=ends))
     for tool in HERE[:1] if machine()["gpu"] else HERE:
         if tool in left_out:
             raise SystemExit(f"{tool}: {left_out[tool]}")
@@ -283,6 +298,7 @@ def main() -> int:
     parser.add_argument("--threads", default="1,2", help="of the two passes; one number: one pass")
     parser.add_argument("--recompute", choices=("none", "all"), default="none", help="activations of all layers")
     parser.add_argument("--base", type=Path, help="a folder for the random base, made if it is empty, and kept")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="tools that are not done then are left out")
     parser.add_argument("--peers", type=Path, default=PEERS)
     parser.add_argument("--json", nargs="?", const="-", help="print the result as one object, or keep it in a file")
     parser.add_argument("--write", action="store_true", help="keep it as benchmarks/results/step_SHAPE_METHOD.json")
@@ -294,7 +310,8 @@ def main() -> int:
     job = Job(given.method, steps, 1, batch=given.batch, length=given.length, recompute=given.recompute)
     threads = [int(count) for count in given.threads.split(",")]
     names = list(dict.fromkeys(["lora_tune", *against]))
-    result = measure(names, shape=given.shape, job=job, threads=threads, peers=given.peers, base=given.base)
+    places = {"peers": given.peers, "base": given.base}
+    result = measure(names, shape=given.shape, job=job, threads=threads, seconds=given.seconds, **places)
     text = json.dumps(result, indent=1)
     print(text if given.json == "-" else said(result))
     if given.json and given.json != "-":

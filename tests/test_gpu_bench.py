@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ def test_every_command_and_option_of_the_script_is_there(how: str) -> None:
         if "--against" in words:
             named = words[words.index("--against") + 1].split(",")
             assert set(named) <= {*step.HERE, *step.OWN_ENVIRONMENT}
+
+
+def test_a_tool_that_hangs_is_stopped_and_the_others_are_said(tmp_path: Path) -> None:
+    """Its process is killed when the time is over; what comes after it does not start."""
+    python = tmp_path / "unsloth" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.chmod(0o755)
+    left_out: dict[str, str] = {}
+    began = time.monotonic()
+    names, job = ["unsloth", "llamafactory"], step.Job("lora", steps=2, threads=1)
+    found = step.one_pass(names, tmp_path, job, peers=tmp_path, left_out=left_out, ends=began + 1.5)
+    assert found == {} and left_out == dict.fromkeys(names, "the time was over")
+    assert time.monotonic() - began < 30
 
 
 @settings(max_examples=60)

@@ -122,8 +122,8 @@ def bad_steps(trainer: RunTrainer, *steps: int) -> None:
 
 
 def skipping(folder: Path, base: Path, *, said: list[str], allowed: int = 2, optimizer: str = "adamw") -> RunTrainer:
-    """A trainer that may skip steps, with dropout, and metrics in `folder`."""
-    train = TRAIN.model_copy(update={"max_skipped_steps": allowed, "optimizer": optimizer})
+    """A trainer that may skip steps, with dropout (which is not fused), and metrics in `folder`."""
+    train = TRAIN.model_copy(update={"max_skipped_steps": allowed, "optimizer": optimizer, "kernels": "off"})
     model = kit.adapter(base, lora=Lora(rank=4, alpha=8.0, dropout=0.1))
     trainer = kit.trainer(folder, base, kit.rows(24), train=train, model=model)
     folder.mkdir(exist_ok=True)

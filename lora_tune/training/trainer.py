@@ -40,6 +40,7 @@ from lora_tune.training.batches import IGNORED, EpochSampler, collator_for
 from lora_tune.training.budget import plan_budget
 from lora_tune.training.checkpoint import Checkpoint
 from lora_tune.training.evaluations import Evaluation, Evaluations
+from lora_tune.training.gradients import trained_parameters
 from lora_tune.training.guard import StepGuard, StepNumbers, largest_weight, places
 from lora_tune.training.loss import WithTargets, summed_loss
 from lora_tune.training.moments import Moments
@@ -172,7 +173,7 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         self.save_every = train.save_every
         self._sampler = EpochSampler(len(rows), seed=args.seed)
         self.row_tokens = [sum(lengths) for lengths in rows["seq_lengths"]]
-        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._trained = trained_parameters(self.model)
         self._head = self.model.get_output_embeddings()
         self._loss_head = None if self.team.divided else find_head(self.model)
         self.signals = SignalWatch()
@@ -183,8 +184,7 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         if train.budget:
             every, keep = (evaluation.every, evaluation.keep) if evaluation else (0, "last")
             self.keep_to(plan_budget(train, steps_per_epoch=steps.steps_per_epoch, evaluate_every=every, keep=keep))
-        self._step_began = 0.0
-        self._step_tokens = 0
+        self._step_began, self._step_tokens = 0.0, 0
         self._step_trained_tokens = torch.zeros(())
         self.data_collator = WithTargets(collator_for(self.model, self.data_collator, train))
 

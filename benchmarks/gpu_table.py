@@ -12,9 +12,11 @@ import argparse
 import importlib.util
 import inspect
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -141,7 +143,15 @@ def this_machine() -> dict[str, Any]:
     except OSError:
         facts["driver"] = ""
     names = ("lora_tune", *LIBRARIES, "trl", "triton", "tokenizers")
-    return {"machine": machine(), "card": facts, "versions": versions(*names)}
+    return {"machine": machine(), "card": facts, "versions": versions(*names), "missing": missing()}
+
+
+def missing() -> list[str]:
+    """What lora_tune needs and this Python has not, of any version; a machine without network has what was carried."""
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = [re.split(r"[<>=!~;\[ ]", need, maxsplit=1)[0] for need in needs]
+    there = versions(*names)
+    return [need for name, need in zip(names, needs, strict=True) if name not in there]
 
 
 def _has_varlen() -> str:

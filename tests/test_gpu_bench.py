@@ -143,6 +143,12 @@ def test_what_has_no_file_is_unmeasured_and_what_has_one_names_it(tmp_path: Path
     assert "3,008" not in gpu_table.text(tmp_path)
 
 
+def test_what_is_missing_of_what_is_needed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_table.missing() == []
+    monkeypatch.setattr(gpu_table, "versions", lambda *names: dict.fromkeys(set(names) - {"nvidia-ml-py"}, "1"))
+    assert [need.split(">")[0] for need in gpu_table.missing()] == ["nvidia-ml-py"]
+
+
 @SELDOM[0]
 @SELDOM[1]
 @pytest.mark.timeout(900)

@@ -114,7 +114,7 @@ def _check_gated(device: torch.device, dtype: torch.dtype) -> list[Pair]:
 
     wide, dh = _drawn([(3, 2100), (3, 1050)], device, dtype)
     gate, up = wide.chunk(2, dim=1)
-    pairs = []
+    pairs: list[Pair] = []
     for activation in ("silu", "gelu_tanh"):
         pairs.append((triton_gated.gated(gate, up, activation), plain.gated(gate, up, activation)))
         found = triton_gated.gated_backward(dh.clone(), gate, up, activation)
@@ -126,7 +126,7 @@ def _check_norm(device: torch.device, dtype: torch.dtype) -> list[Pair]:
     from lora_tune.model.kernels import triton_norm
 
     x, dy, weight = _drawn([(5, 1100), (5, 1100), (1100,)], device, dtype)
-    pairs = []
+    pairs: list[Pair] = []
     for offset in (0.0, 1.0):
         found, expected = (way.rms_norm(x, weight, 1e-6, offset) for way in (triton_norm, plain))
         pairs += zip(found, expected, strict=True)
@@ -155,7 +155,7 @@ def _check_loss(device: torch.device, dtype: torch.dtype) -> list[Pair]:
 
     (logits,) = _drawn([(4, 5000)], device, dtype)
     targets = torch.tensor([0, 4999, -100, 17], device=device)
-    pairs = []
+    pairs: list[Pair] = []
     for softcap, multiplier in ((0.0, 1.0), (3.0, 0.5)):
         found, expected = logits.clone(), logits.clone()
         losses = triton_loss.loss_tile(found, targets, softcap, multiplier)

@@ -67,7 +67,7 @@ def test_layers_are_recomputed_only_as_far_as_memory_needs() -> None:
         count = {"all": 32, "none": 0}.get(str(found.gradient_checkpointing), found.gradient_checkpointing)
         assert isinstance(count, int) and found.peak_gib + found.uncertainty_gib <= MARGIN * gib
         if count:
-            fewer = Train(micro_batch_size=1, gradient_checkpointing=count - 1, optimizer="adamw")
+            fewer = Train(micro_batch_size=1, gradient_checkpointing=count - 1, optimizer="adamw", offload="none")
             with pytest.raises(ResourceError):
                 plan(LLAMA_3, train=fewer, gib=gib)
         counts.append(count)

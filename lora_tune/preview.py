@@ -20,8 +20,8 @@ from lora_tune.terminal import activity, print_json, print_problems, print_table
 
 if TYPE_CHECKING:
     from lora_tune.data.chat_template import ChatTemplate, TokenRow
-    from lora_tune.data.checking import Conversations
     from lora_tune.data.fit import Documents
+    from lora_tune.data.kept_conversations import Conversations
     from lora_tune.data.near_duplicates import NearDuplicates
     from lora_tune.data.page import Run, ShownRow
     from lora_tune.data.pipeline import Prepared
@@ -98,9 +98,9 @@ def look(
                 on_refusal(conversations.ledger.table())
             raise
         if conversations.held_out:
-            from lora_tune.data.overlap import overlap
+            from lora_tune.data.overlap import known_overlap
 
-            prepared.ledger.overlap = overlap(conversations.train, conversations.held_out)
+            prepared.ledger.overlap = known_overlap(conversations.train, conversations.held_out)
     nearly = None
     if search == "near":
         with activity("looking for near duplicates"):

@@ -37,7 +37,7 @@ from lora_tune.training.journey import MOST_SECONDS, Outcome, Processes, Step, t
 from lora_tune.training.small_recipe import TRAINED_STEPS, small_recipe, small_source
 
 if TYPE_CHECKING:
-    from lora_tune.data.checking import Conversations
+    from lora_tune.data.kept_conversations import Conversations
     from lora_tune.data.pipeline import Prepared
 
 app = typer.Typer(help="Rehearse the whole journey of a recipe on a small model.", add_completion=False)

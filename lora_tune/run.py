@@ -15,6 +15,7 @@ from lora_tune.adapter.claim import Mode, claim_folder
 from lora_tune.adapter.folder import Manifest, read_manifest
 from lora_tune.disk import disk_text
 from lora_tune.errors import Problem, RecipeError, UsageError
+from lora_tune.imports import quick_imports
 from lora_tune.model.rate import learning_rate
 from lora_tune.model.source import BaseSource, check_against_base, find_base, load_tokenizer
 from lora_tune.recipe import Recipe, Train
@@ -120,13 +121,15 @@ def _prepare(
 ) -> tuple[ChatTemplate, Prepared]:
     """Chat template and rows of the recipe; the ledger's warnings are printed."""
     with activity("checking the data"):
-        from lora_tune.data.checking import read_conversations
+        with quick_imports():
+            from lora_tune.data.checking import read_conversations
 
         conversations = read_conversations(recipe.data, hold_out=recipe.eval, seed=recipe.seed)
     with activity("tokenizing"):
-        from lora_tune.data.chat_template import load_chat_template
-        from lora_tune.data.overlap import overlap
-        from lora_tune.data.pipeline import encode
+        with quick_imports():
+            from lora_tune.data.chat_template import load_chat_template
+            from lora_tune.data.overlap import known_overlap
+            from lora_tune.data.pipeline import encode
 
         tokenizer = load_tokenizer(source, new_tokens=recipe.lora.new_tokens, trust_remote_code=trust_remote_code)
         text = Path(recipe.base.chat_template).read_text(encoding="utf-8") if recipe.base.chat_template else None
@@ -142,14 +145,15 @@ def _prepare(
         )
         _check_metrics(recipe, prepared)
         if prepared.held_out:
-            prepared.ledger.overlap = overlap(conversations.train, conversations.held_out)
+            prepared.ledger.overlap = known_overlap(conversations.train, conversations.held_out)
     print_problems([*prepared.ledger.warnings(), *(Problem(notice, severity="note") for notice in chat.notices)])
     return chat, prepared
 
 
 def _check_metrics(recipe: Recipe, prepared: Prepared) -> None:
     """Raise DataError where a metric fits none of the held-out rows: now, not after the training."""
-    from lora_tune.evaluation.fit import check_fit
+    with quick_imports():
+        from lora_tune.evaluation.fit import check_fit
 
     if prepared.held_out:
         held_out = (prepared.held_out, prepared.held_out_rows)
@@ -223,11 +227,12 @@ def _train(
     model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: ChatTemplate, start: Start, planned: Planned
 ) -> None:
     """Train, or go on from the newest checkpoint; writes `metrics.jsonl` and `loss.png`."""
-    from lora_tune.model.methods import parameter_groups
-    from lora_tune.training.preflight import check_before_training
-    from lora_tune.training.progress import TrainingDisplay, draw_loss, tracker_callbacks
-    from lora_tune.training.resume import RunFacts
-    from lora_tune.training.trainer import build
+    with quick_imports():
+        from lora_tune.model.methods import parameter_groups
+        from lora_tune.training.preflight import check_before_training
+        from lora_tune.training.progress import TrainingDisplay, draw_loss, tracker_callbacks
+        from lora_tune.training.resume import RunFacts
+        from lora_tune.training.trainer import build
 
     folder, train, lora, team = Path(recipe.output), recipe.train, recipe.lora, here()
     facts = RunFacts(

@@ -1,7 +1,8 @@
 """The checking pass: from data sources to conversations that can be trained on.
 
 Every row of every source is read once and checked (JSON, columns, roles, order of turns, answers) before any model or
-tokenizer is loaded. Good rows go to a store on disk; all bad ones are named in one error.
+tokenizer is loaded. Good rows go to a store on disk; all bad ones are named in one error. Files that were read before
+are not read again (kept_conversations.py).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from typing import Any
 from lora_tune.data.detect import LOOKED_AT, Detected, chosen
 from lora_tune.data.dividing import Apart, CheckedRows, divide
 from lora_tune.data.formats import FIELDS, FORMATS, NAMED_ONLY, RESERVED, check_columns
+from lora_tune.data.kept_conversations import Conversations, keep, kept, key_of
 from lora_tune.data.ledger import Ledger, SourceLedger, place_of
 from lora_tune.data.messages import order_notes
 from lora_tune.data.prompted import Prompts, open_prompts, raw_row
 from lora_tune.data.rendering import check_variables
 from lora_tune.data.rows import WHOLE_FILE, BadRow, Record, did_you_mean
 from lora_tune.data.sources import Source, SourceIdentity, open_source
-from lora_tune.data.store import ConversationStore, StoredConversations, content_of
+from lora_tune.data.store import ConversationStore, content_of
 from lora_tune.errors import DataError, Problem, RecipeError
 from lora_tune.recipe import DataSource, Eval
 from lora_tune.recipe_values import SHARE
@@ -30,18 +32,6 @@ from lora_tune.recipe_values import SHARE
 _REMOTE_CHECK_EVERY = 10_000  # rows of a remote stream between two looks at the problems found
 _GUESSED = frozenset(field for name, fields in FIELDS.items() for field in fields if name not in NAMED_ONLY)
 _WORTH_A_WARNING = _GUESSED - {"history", "input"}
-
-
-@dataclass
-class Conversations:
-    """Checked conversations: `train` and `held_out` read a row from disk when it is asked for."""
-
-    data: tuple[DataSource, ...]
-    train: StoredConversations
-    held_out: StoredConversations
-    ledger: Ledger
-    identities: tuple[SourceIdentity, ...]
-    has_tools: bool
 
 
 def read_conversations(data: Sequence[DataSource], *, hold_out: int | str | Eval, seed: int) -> Conversations:
@@ -62,16 +52,47 @@ def read_conversations(data: Sequence[DataSource], *, hold_out: int | str | Eval
     prompts = open_prompts(data)
     if from_file is not None and 0 in prompts:
         prompts[len(data)] = prompts[0]
-    pass_ = _CheckingPass(prompts)
-    for number, (source, wanted) in enumerate(zip(sources, data, strict=True)):
-        pass_.read(source, wanted, number=number)
+    held_out_file = [] if from_file is None else [open_source(from_file, key="eval.hold_out")]
+    wanted = _Wanted(tuple(data), from_file, prompts, apart, seed)
+    key = wanted.key([*sources, *held_out_file])
+    found = kept(key, tuple(data)) if key is not None else None
+    if found is None:
+        found = _read(sources, held_out_file, wanted)
+        if key is not None and key == wanted.key([*sources, *held_out_file]):  # no file has changed meanwhile
+            keep(key, found)
+    return found
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the recipe asks for: its sources, the held-out file if there is one, and how rows are set apart."""
+
+    data: tuple[DataSource, ...]
+    from_file: DataSource | None
+    prompts: dict[int, Prompts]
+    apart: Apart
+    seed: int
+
+    def key(self, sources: Sequence[Source]) -> str | None:
+        """Under which what is read from these sources is kept; None where it is not."""
+        files = [(prompts.file.sha256, prompts.prefix) for _, prompts in sorted(self.prompts.items())]
+        data = [*self.data, *([self.from_file] if self.from_file else [])]
+        return key_of(sources, [files, self.apart, self.seed], data=data)
+
+
+def _read(sources: Sequence[Source], held_out_file: Sequence[Source], wanted: _Wanted) -> Conversations:
+    """Read, check and divide. Raises: as `read_conversations`."""
+    data, from_file = wanted.data, wanted.from_file
+    pass_ = _CheckingPass(wanted.prompts)
+    for number, (source, asked) in enumerate(zip(sources, data, strict=True)):
+        pass_.read(source, asked, number=number)
     if from_file is not None:
-        pass_.read(open_source(from_file, key="eval.hold_out"), from_file, number=len(data))
+        pass_.read(held_out_file[0], from_file, number=len(data))
     if pass_.problems:
         raise DataError(pass_.problems)
-    rows = CheckedRows(pass_.store, tuple(data), tuple(pass_.wanted), prompts, pass_.ledger, seed)
-    train, held_out = divide(rows, apart)
-    return Conversations(tuple(data), train, held_out, pass_.ledger, pass_.all_identities(), pass_.has_tools)
+    rows = CheckedRows(pass_.store, data, tuple(pass_.wanted), wanted.prompts, pass_.ledger, wanted.seed)
+    train, held_out = divide(rows, wanted.apart)
+    return Conversations(data, train, held_out, pass_.ledger, pass_.all_identities(), pass_.has_tools)
 
 
 def _check_fields(data: Sequence[DataSource]) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora_tune.data.chat_template import ChatTemplate, TokenRow
-from lora_tune.data.checking import Conversations, read_conversations
+from lora_tune.data.checking import read_conversations
 from lora_tune.data.conversation import Conversation
 from lora_tune.data.fit import Documents, Fitting
+from lora_tune.data.kept_conversations import Conversations
 from lora_tune.data.ledger import Ledger, SourceLedger
 from lora_tune.data.overlap import overlap
 from lora_tune.data.recorded import Finder, Recorded

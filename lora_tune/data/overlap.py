@@ -10,17 +10,22 @@ counts as mostly seen is that of Chowdhery et al. 2022 (PaLM, arXiv 2204.02311),
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lora_tune.data.cache import WORTH_ROWS, code_sha256, entry, keep_if_there_is_room, valid_note
 from lora_tune.data.conversation import Conversation
 from lora_tune.data.ledger import place_of
 from lora_tune.data.sources import SourceIdentity
+from lora_tune.data.store import StoredConversations
 from lora_tune.errors import Problem
 
 SHORTEST, LONGEST = 8, 13  # words of a passage
@@ -90,9 +95,11 @@ def overlap(
     rows = [[words.setdefault(word, len(words) + 1) for word in _words(row)] for row in evaluated]
     size = passage or _passage([len(row) for row in rows])
     looked_for = _Passages(rows, size, len(words))
-    places: list[str] = []
+    places: list[str] | StoredConversations = train if isinstance(train, StoredConversations) else []
+    trained = 0
     for first, block in _blocks(train, words, places):
         looked_for.search(block, first_row=first)
+        trained = first + len(block)
     shares, owners, common = looked_for.found()
     touched = np.flatnonzero(shares > 0)
     lengths = np.array([-len(row) for row in rows])  # longest first
@@ -101,14 +108,33 @@ def overlap(
         SharedRow(
             place_of(evaluated[row].file, evaluated[row].line),
             round(float(shares[row]), 4),
-            places[owners[row]],
+            _place(places, int(owners[row])),
             looked_for.text(row, _words(evaluated[row])),
         )
         for row in order.tolist()
     )
     mostly = int((shares >= MOSTLY).sum())
     seconds = time.perf_counter() - started
-    return Overlap(size, len(rows), len(places), len(touched), mostly, common, worst, seconds)
+    return Overlap(size, len(rows), trained, len(touched), mostly, common, worst, seconds)
+
+
+def known_overlap(train: StoredConversations, evaluated: StoredConversations) -> Overlap:
+    """As `overlap`; what was found between the same rows before is read from the cache."""
+    if len(train) < WORTH_ROWS:
+        return overlap(train, evaluated)
+    parts = (code_sha256(), train.content_sha256(), evaluated.content_sha256())
+    with entry("overlap", hashlib.sha256(" ".join(parts).encode()).hexdigest()[:40]) as path:
+        if valid_note(path) is not None:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return Overlap(**{**stored, "worst": tuple(SharedRow(**row) for row in stored["worst"])})
+        found = overlap(train, evaluated)
+
+        def write(temporary: Path) -> dict[str, Any]:
+            temporary.write_text(json.dumps(asdict(found)), encoding="utf-8")
+            return {}
+
+        keep_if_there_is_room(path, write)
+        return found
 
 
 def trained_sources(evaluated: Sequence[SourceIdentity], trained: Mapping[str, str]) -> list[Problem]:
@@ -212,19 +238,25 @@ def _passage(lengths: Sequence[int]) -> int:
     return min(max(found, SHORTEST), LONGEST)
 
 
+def _place(places: list[str] | StoredConversations, row: int) -> str:
+    return places[row] if isinstance(places, list) else place_of(*places.place(row))
+
+
 def _blocks(
-    train: Iterable[Conversation], words: Mapping[str, int], places: list[str]
+    train: Iterable[Conversation], words: Mapping[str, int], places: list[str] | StoredConversations
 ) -> Iterator[tuple[int, list[list[int]]]]:
-    """Training rows as numbers of words (0: in no evaluated row), about a million words at a time; fills `places`."""
+    """Training rows as numbers of words (0: in no evaluated row), about a million words at a time; fills `places`
+    where that is a list."""
     block: list[list[int]] = []
     held = first = 0
-    for row in train:
-        places.append(place_of(row.file, row.line))
+    for number, row in enumerate(train, 1):
+        if isinstance(places, list):
+            places.append(place_of(row.file, row.line))
         block.append([words.get(word, 0) for word in _words(row)])
         held += len(block[-1])
         if held >= _WORDS_AT_ONCE:
             yield first, block
-            first, held, block = len(places), 0, []
+            first, held, block = number, 0, []
     if block:
         yield first, block
 

@@ -4,32 +4,31 @@
     encode               conversations   -> token rows on disk, cached              (token_file.py)
                          token rows      -> pieces of at most max_length            (fit.py)
                          pieces          -> an epoch by weights, packed             (split.py, packing.py)
+                         sequences       -> rows on disk, cached                    (packed_file.py)
 
 In memory stay some 100 bytes a row; texts and tokens are on disk and memory-mapped.
 """
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from lora_tune.data.chat_template import ChatTemplate, TokenRow
-from lora_tune.data.checking import Conversations, read_conversations
+from lora_tune.data.checking import read_conversations
 from lora_tune.data.conversation import Conversation
 from lora_tune.data.fit import Documents, Fitting, Pieces
+from lora_tune.data.kept_conversations import Conversations
 from lora_tune.data.ledger import Ledger, Packing
+from lora_tune.data.packed_file import packed_file
 from lora_tune.data.packing import pack
-from lora_tune.data.sources import SourceIdentity, as_dataset
+from lora_tune.data.sources import SourceIdentity
 from lora_tune.data.split import epoch_copies, mixing_weights
 from lora_tune.data.store import StoredConversations
-from lora_tune.data.token_file import TokenFile, cache_folder, encoder_fingerprint, token_file
+from lora_tune.data.token_file import TokenFile, encoder_fingerprint, token_file
 from lora_tune.data.turn_drafts import LossOn
 from lora_tune.errors import DataError, Problem
 from lora_tune.recipe import DataSource, Limits, Mixing, Train
@@ -39,16 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversations", "Prepared", "encode", "read_conversations"]
 NATURAL = Mixing()
-IGNORED = -100  # label of a token that is not trained
-_CHUNK = 256  # sequences written at a time
-_SCHEMA = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-        ("seq_lengths", pa.list_(pa.int32())),
-        ("rows", pa.list_(pa.list_(pa.int64()))),
-    ]
-)
 
 
 @dataclass
@@ -110,7 +99,7 @@ def encode(
     sequences = pack(epoch.end - epoch.start, alone, max_length=train.max_length, seed=seed)
     tokens = int((epoch.end - epoch.start).sum())
     ledger.packing = Packing(len(sequences), len(epoch), tokens, train.max_length)
-    dataset = _written(sequences, epoch, rows, conversations.train)
+    dataset = packed_file(sequences, epoch, rows, conversations.train)
     documents = Documents(pieces, rows, conversations.train)
     return Prepared(dataset, documents, held_out, held_out_rows, ledger, conversations.identities)
 
@@ -175,59 +164,3 @@ def _held_out(
             account.drop(f"{cause} (held out)", count.first, count.rows)
     kept = np.unique(rows.conversation[pieces.row]) if len(pieces) else ()
     return tuple(conversations[int(number)] for number in kept), tuple(Documents(pieces, rows, conversations))
-
-
-def _written(
-    sequences: list[list[int]], pieces: Pieces, rows: TokenFile, conversations: StoredConversations
-) -> Dataset:
-    """The packed sequences as a memory-mapped data set; its file goes when the process does."""
-    sources = conversations.sources
-    folder = cache_folder() / "packed"
-    folder.mkdir(exist_ok=True)
-    digest = hashlib.sha256()
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow", delete=False) as file:
-        path = Path(file.name)
-    try:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
-            for start in range(0, len(sequences), _CHUNK):
-                chunk = sequences[start : start + _CHUNK]
-                flat = [index for sequence in chunk for index in sequence]
-                tokens = [pieces.tokens(rows, index) for index in flat]
-                ids = np.concatenate([ids for ids, _ in tokens])
-                labels = np.where(np.concatenate([mask for _, mask in tokens]), ids, np.int32(IGNORED))
-                lengths = np.array([len(ids) for ids, _ in tokens], dtype=np.int32)
-                numbers = rows.conversation[pieces.row[flat]]
-                places = [[int(sources[number]), conversations.place(int(number))[1]] for number in numbers]
-                ends = np.concatenate([[0], np.cumsum([len(sequence) for sequence in chunk])])
-                edges = np.concatenate([[0], np.cumsum(lengths)])[ends]
-                digest.update(ids.tobytes() + labels.tobytes() + lengths.tobytes())
-                stream.write_batch(_batch(ids, labels, lengths, edges=edges, ends=ends, places=places))
-        with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_stream(source).read_all()
-    finally:
-        path.unlink(missing_ok=True)  # also where the run is stopped
-    return as_dataset(table, fingerprint=digest.hexdigest()[:16])
-
-
-def _batch(
-    ids: np.ndarray,
-    labels: np.ndarray,
-    lengths: np.ndarray,
-    *,
-    edges: np.ndarray,
-    ends: np.ndarray,
-    places: list[list[int]],
-) -> pa.RecordBatch:
-    """One record batch from flat tokens; `edges` are the sequences' borders in tokens, `ends` in documents."""
-
-    def lists(borders: np.ndarray, values: pa.Array) -> pa.ListArray:
-        return pa.ListArray.from_arrays(pa.array(borders.astype(np.int32)), values)
-
-    documents = lists(np.arange(len(places) + 1) * 2, pa.array(np.array(places, dtype=np.int64).reshape(-1)))
-    columns = [
-        lists(edges, pa.array(ids)),
-        lists(edges, pa.array(labels)),
-        lists(ends, pa.array(lengths)),
-        lists(ends, documents),
-    ]
-    return pa.record_batch(columns, schema=_SCHEMA)

@@ -6,35 +6,30 @@ One Arrow stream, a record batch for each chunk of conversations:
     ids           list<int32>, mask list<uint8>   of one length T; mask is 1 where the token is trained
     notes         uint8   bits in the order of NOTES
 
-Beside it stands a JSON file with the sha256 of the stream: damage is found before a row is used, and the rows are made
-again. `LORA_TUNE_CACHE` names another folder than the user's cache folder.
+Beside it stands a note with the sha256 of the stream (`cache.py`): damage is found before a row is used, and the rows
+are made again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import platformdirs
 import pyarrow as pa
-from filelock import FileLock, Timeout
 
+from lora_tune.data.cache import code_sha256, entry, valid_note, write_entry
 from lora_tune.data.chat_template import NOTES, ChatTemplate, TokenRow
 from lora_tune.data.store import StoredConversations
 from lora_tune.data.turn_drafts import LossOn
-from lora_tune.disk import FULL, disk_text
-from lora_tune.errors import ResourceError
 
 _CHUNK = 1024  # conversations encoded at a time
-_KEPT_BYTES = 8 << 30  # of the cache; the entries unused for longest go first
 _SCHEMA = pa.schema(
     [
         ("conversation", pa.int64()),
@@ -47,10 +42,10 @@ _SCHEMA = pa.schema(
 
 @dataclass
 class TokenFile:
-    """Token rows, mapped from disk: arrays over rows (N,), and flat arrays of all tokens of a batch.
+    """Token rows, mapped from disk: arrays over rows (N,), 21 bytes a row, and flat arrays of all tokens of a batch.
 
     `conversation`, `length`, `trained` (number of trained tokens), `last_trained` (index of the last one, -1 without),
-    `notes`. `errors`: {conversation: why the template cannot render it}.
+    `notes`. `errors`: {conversation: why the template cannot render it}. `sha256` is that of the file.
     """
 
     conversation: np.ndarray
@@ -59,6 +54,7 @@ class TokenFile:
     last_trained: np.ndarray
     notes: np.ndarray
     errors: dict[int, str]
+    sha256: str
     _batches: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]  # first row, offsets, ids, mask
 
     def __len__(self) -> int:
@@ -75,13 +71,6 @@ class TokenFile:
         return ids[start:end], mask[start:end]
 
 
-def cache_folder() -> Path:
-    """Where token rows are kept: `LORA_TUNE_CACHE`, else the user's cache folder. Created where it is missing."""
-    folder = Path(os.environ.get("LORA_TUNE_CACHE") or platformdirs.user_cache_dir("lora_tune", appauthor=False))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def token_file(
     conversations: StoredConversations, chat: ChatTemplate, *, loss_on: LossOn, fingerprint: str
 ) -> TokenFile:
@@ -89,17 +78,25 @@ def token_file(
 
     `fingerprint` is the `encoder_fingerprint` of `chat`.
     """
-    folder = cache_folder() / "tokens"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{_key(conversations, fingerprint, loss_on)}.arrow"
-    with FileLock(path.with_suffix(".lock")):
-        errors = _valid(path)
-        if errors is None:
-            errors = _write(path, conversations, chat, loss_on)
-            _remove_unfinished(folder)
-            _make_room(folder, keep=path)
-        os.utime(path)
-        return _open(path, errors)
+    with entry("tokens", _key(conversations, fingerprint, loss_on)) as path:
+        note = valid_note(path)
+        errors = None if note is None else _errors(note)
+        if note is None or errors is None:
+
+            def write(temporary: Path) -> dict[str, Any]:
+                return {"errors": _encode(temporary, conversations, chat, loss_on)}
+
+            note = write_entry(path, write)
+            errors = dict(note["errors"])
+        return _open(path, errors, sha256=note["sha256"])
+
+
+def _errors(note: dict[str, Any]) -> dict[int, str] | None:
+    """Why conversations have no rows, by number; None for a note that does not say it."""
+    try:
+        return {int(number): reason for number, reason in note["errors"].items()}
+    except (KeyError, ValueError, AttributeError):
+        return None
 
 
 def _key(conversations: StoredConversations, fingerprint: str, loss_on: LossOn) -> str:
@@ -117,44 +114,11 @@ def encoder_fingerprint(chat: ChatTemplate) -> str:
     vocabulary = (
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab().items()))
     )
-    code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
     day = str(date.today()) if "strftime_now" in chat.text else ""
-    parts = (chat.sha256, version("transformers"), version("tokenizers"), day, vocabulary)
-    for part in (*(text.encode() for text in parts), code, str(tokenizer.special_tokens_map).encode()):
+    parts = (chat.sha256, version("transformers"), version("tokenizers"), day, vocabulary, code_sha256())
+    for part in (*(text.encode() for text in parts), str(tokenizer.special_tokens_map).encode()):
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()
-
-
-def _valid(path: Path) -> dict[int, str] | None:
-    """The errors stored beside a whole file; None where it is missing, damaged, or was not finished."""
-    try:
-        note = json.loads(path.with_suffix(".json").read_text())
-        with open(path, "rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest() == note["sha256"]
-        return {int(number): reason for number, reason in note["errors"].items()} if whole else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _write(path: Path, conversations: StoredConversations, chat: ChatTemplate, loss_on: LossOn) -> dict[int, str]:
-    """Encode in chunks; the file appears under its name when it is complete, its note after that."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        errors = _encode(temporary, conversations, chat, loss_on)
-        with open(temporary, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        path.with_suffix(".json").unlink(missing_ok=True)
-        temporary.replace(path)
-        temporary.write_text(json.dumps({"sha256": sha256, "errors": errors}))
-        temporary.replace(path.with_suffix(".json"))
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        fix = "make room, or name another folder with LORA_TUNE_CACHE"
-        raise ResourceError(f"token rows cannot be kept: {disk_text(error, path.parent)}", fix) from None
-    finally:
-        temporary.unlink(missing_ok=True)  # of a run that was stopped
-    return errors
 
 
 def _encode(path: Path, conversations: StoredConversations, chat: ChatTemplate, loss_on: LossOn) -> dict[int, str]:
@@ -186,7 +150,7 @@ def _batch(numbers: list[int], rows: Sequence[TokenRow]) -> pa.RecordBatch:
     return pa.record_batch([pa.array(numbers, pa.int64()), *lists, pa.array(notes, pa.uint8())], schema=_SCHEMA)
 
 
-def _open(path: Path, errors: dict[int, str]) -> TokenFile:
+def _open(path: Path, errors: dict[int, str], *, sha256: str) -> TokenFile:
     conversation, length, trained, last_trained, notes = [], [], [], [], []
     batches = []
     first = 0
@@ -198,35 +162,15 @@ def _open(path: Path, errors: dict[int, str]) -> TokenFile:
             first += batch.num_rows
             conversation.append(batch.column("conversation").to_numpy())
             notes.append(batch.column("notes").to_numpy())
-            length.append(np.diff(offsets))
+            length.append(np.diff(offsets).astype(np.int32))
             before = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-            trained.append(before[offsets[1:]] - before[offsets[:-1]])
+            trained.append((before[offsets[1:]] - before[offsets[:-1]]).astype(np.int32))
             last = np.maximum.accumulate(np.where(mask, np.arange(len(mask)), -1)) if len(mask) else mask
             ends = last[offsets[1:] - 1] - offsets[:-1]
-            last_trained.append(np.where((ends >= 0) & (np.diff(offsets) > 0), ends, -1))
+            last_trained.append(np.where((ends >= 0) & (np.diff(offsets) > 0), ends, -1).astype(np.int32))
 
-    def joined(parts: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+    def joined(parts: list[np.ndarray], dtype: type = np.int32) -> np.ndarray:
+        return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
-    return TokenFile(
-        joined(conversation), joined(length), joined(trained), joined(last_trained), joined(notes), errors, batches
-    )
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Delete what killed processes left half-written: nobody holds the lock of its entry."""
-    for left in folder.glob("*.tmp"):
-        with suppress(Timeout), FileLock(folder / f"{left.name.partition('.')[0]}.lock", timeout=0):
-            left.unlink(missing_ok=True)
-
-
-def _make_room(folder: Path, *, keep: Path) -> None:
-    """Delete the entries that were not used for longest until the cache is small enough."""
-    entries = sorted((path for path in folder.glob("*.arrow") if path != keep), key=lambda path: path.stat().st_mtime)
-    used = sum(path.stat().st_size for path in entries)
-    for path in entries:
-        if used <= _KEPT_BYTES:
-            return
-        used -= path.stat().st_size
-        for suffix in (".json", ".arrow", ".lock"):
-            path.with_suffix(suffix).unlink(missing_ok=True)
+    numbers, kinds = joined(conversation, np.int64), joined(notes, np.uint8)
+    return TokenFile(numbers, joined(length), joined(trained), joined(last_trained), kinds, errors, sha256, batches)

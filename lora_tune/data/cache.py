@@ -1,0 +1,129 @@
+"""The cache of what data became: checked conversations, token rows, packed rows, shared passages; all by content.
+
+    conversations/   what the checking pass kept of whole files       (kept_conversations.py)
+    tokens/          token rows                                       (token_file.py)
+    packed/          the packed sequences of an epoch                 (pipeline.py)
+    overlap/         passages that both sides share                   (overlap.py)
+
+An entry is a file and beside it a JSON note with the file's sha256: damage is found before anything is used, and the
+entry is made again. `LORA_TUNE_CACHE` names another folder than the user's cache folder; all of it may be deleted at
+any time. It holds 8 GiB at most, entries that were not used for longest go first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from lora_tune.disk import FULL, disk_text
+from lora_tune.errors import ResourceError
+
+KINDS = ("conversations", "tokens", "packed", "overlap")
+Kind = Literal["conversations", "tokens", "packed", "overlap"]
+WORTH_ROWS = 1000  # fewer are read, checked and packed again in a moment: only their token rows are kept
+LARGEST_BYTES = 2 << 30  # of an entry other than token rows, which take longest to make
+_KEPT_BYTES = 8 << 30
+
+
+def cache_folder() -> Path:
+    """Where it is: `LORA_TUNE_CACHE`, else the user's cache folder. Created where it is missing."""
+    folder = Path(os.environ.get("LORA_TUNE_CACHE") or platformdirs.user_cache_dir("lora_tune", appauthor=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def entry(kind: Kind, key: str) -> Iterator[Path]:
+    """The path of an entry, while no other process reads or writes it."""
+    folder = cache_folder() / kind
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{key}.arrow"
+    with FileLock(path.with_suffix(".lock")):
+        yield path
+
+
+def valid_note(path: Path) -> dict[str, Any] | None:
+    """The note of a whole entry, which counts as used now; None where it is missing, damaged, or was not finished."""
+    try:
+        note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != note["sha256"]:
+                return None
+        os.utime(path)
+        return dict(note)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def write_entry(path: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Let `write` make the file and give its note; it appears when it is complete, its note after that.
+
+    Raises: ResourceError where the disk is full.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        note = write(temporary)
+        with open(temporary, "rb") as file:
+            note["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        path.with_suffix(".json").unlink(missing_ok=True)
+        temporary.replace(path)
+        temporary.write_text(json.dumps(note), encoding="utf-8")
+        temporary.replace(path.with_suffix(".json"))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        fix = "make room, or name another folder with LORA_TUNE_CACHE"
+        raise ResourceError(f"prepared rows cannot be kept: {disk_text(error, path.parent)}", fix) from None
+    finally:
+        temporary.unlink(missing_ok=True)  # of a run that was stopped
+    _remove_unfinished(path.parent)
+    _make_room(path.parent.parent, keep=path)
+    return note
+
+
+def keep_if_there_is_room(path: Path, write: Callable[[Path], dict[str, Any]]) -> None:
+    """As `write_entry`, for what is kept for speed alone: where the disk is full, or denies it, it is not kept."""
+    with suppress(OSError, ResourceError):
+        write_entry(path, write)
+
+
+@cache
+def code_sha256() -> str:
+    """Hash of this package's code: other code may read or encode the same data in another way."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes left half-written: nobody holds the lock of its entry."""
+    for left in folder.glob("*.tmp"):
+        with suppress(Timeout), FileLock(folder / f"{left.name.partition('.')[0]}.lock", timeout=0):
+            left.unlink(missing_ok=True)
+
+
+def _make_room(folder: Path, *, keep: Path) -> None:
+    """Delete the entries that were not used for longest until the cache is small enough."""
+    found = []
+    for path in (path for kind in KINDS for path in (folder / kind).glob("*.arrow")):
+        with suppress(FileNotFoundError):  # another process was faster
+            state = path.stat()
+            found.append((state.st_mtime, state.st_size, path))
+    used = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if used <= _KEPT_BYTES:
+            return
+        if path != keep:
+            used -= size
+            for suffix in (".json", ".arrow", ".lock"):
+                path.with_suffix(suffix).unlink(missing_ok=True)

@@ -1,0 +1,106 @@
+"""What the checking pass made of files, kept in the cache: the same files are parsed and checked once.
+
+An entry is found by the content of every file with the name it is shown by, the recipe's part about data, the seed and
+this package's code. Data sets of the hub are read anew. Nothing that raised an error is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_tune.data.cache import LARGEST_BYTES, WORTH_ROWS, code_sha256, entry, keep_if_there_is_room, valid_note
+from lora_tune.data.ledger import Count, Ledger, SourceLedger
+from lora_tune.data.sources import Source, SourceIdentity, shown_path
+from lora_tune.data.store import ConversationStore, StoredConversations
+from lora_tune.errors import Problem
+from lora_tune.recipe import DataSource
+
+
+@dataclass
+class Conversations:
+    """Checked conversations: `train` and `held_out` read a row from disk when it is asked for."""
+
+    data: tuple[DataSource, ...]
+    train: StoredConversations
+    held_out: StoredConversations
+    ledger: Ledger
+    identities: tuple[SourceIdentity, ...]
+    has_tools: bool
+
+
+def key_of(sources: Iterable[Source], facts: Sequence[object], *, data: Sequence[DataSource]) -> str | None:
+    """The name of an entry, of everything that decides what is read; None where a source is on the hub or cannot be
+    read. `facts` are further values with a `repr` that says all of them."""
+    files = []
+    for source in sources:
+        if source.hub is not None:
+            return None
+        try:
+            for path in source.files:
+                with open(path, "rb") as file:
+                    files.append((source.name, shown_path(path), hashlib.file_digest(file, "sha256").hexdigest()))
+        except OSError:
+            return None  # reading says it
+    asked = [entry_.model_dump(mode="json") for entry_ in data]
+    parts = (code_sha256(), platform.python_version(), version("jinja2"), json.dumps([files, asked]), repr(facts))
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def kept(key: str, data: tuple[DataSource, ...]) -> Conversations | None:
+    """What was kept under a key; None where there is nothing, or it is damaged."""
+    with entry("conversations", key) as path:
+        note = valid_note(path)
+        if note is None:
+            return None
+        file = open(path, "rb")  # noqa: SIM115  (the store reads from it as long as it lives)
+    sides = [np.frombuffer(file.read(8 * note[side]), dtype=np.int64) for side in ("train", "held_out")]
+    store = ConversationStore.read(file, note["store"])
+    weakref.finalize(store, file.close)
+    train, held_out = (StoredConversations(store, side) for side in sides)
+    identities = tuple(SourceIdentity(**identity) for identity in note["identities"])
+    return Conversations(data, train, held_out, _ledger(note["ledger"]), identities, note["has_tools"])
+
+
+def keep(key: str, found: Conversations) -> None:
+    """Keep conversations under a key, unless they are few or very many; a full disk is no reason to stop."""
+    store = found.train.store
+    if len(store) < WORTH_ROWS or store.text_bytes > LARGEST_BYTES:
+        return
+
+    def write(temporary: Path) -> dict[str, Any]:
+        with open(temporary, "wb") as file:
+            for side in (found.train, found.held_out):
+                file.write(side.indices.tobytes())
+            facts = store.write(file)
+        accounts, notices = (list(map(asdict, part)) for part in (found.ledger.sources, found.ledger.notices))
+        return {
+            "train": len(found.train),
+            "held_out": len(found.held_out),
+            "store": facts,
+            "ledger": {"sources": accounts, "notices": notices},
+            "identities": list(map(asdict, found.identities)),
+            "has_tools": found.has_tools,
+        }
+
+    with entry("conversations", key) as path:
+        keep_if_there_is_room(path, write)
+
+
+def _ledger(stored: Mapping[str, Any]) -> Ledger:
+    """The ledger as it was after the checking pass."""
+    sources = []
+    for account in stored["sources"]:
+        for name in ("dropped", "notes"):
+            account[name] = {what: Count(**count) for what, count in account[name].items()}
+        sources.append(SourceLedger(**account))
+    return Ledger(sources, notices=[Problem(**problem) for problem in stored["notices"]])

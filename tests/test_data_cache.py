@@ -1,0 +1,226 @@
+"""What is kept of data: a second run reads nothing again, gets the same to the last byte, and never something stale."""
+
+from __future__ import annotations
+
+import json
+import os
+import tracemalloc
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_tune.data import cache, checking, kept_conversations, overlap, packed_file, store
+from lora_tune.data.checking import read_conversations
+from lora_tune.data.packing import pack
+from lora_tune.errors import DataError
+from lora_tune.recipe import DataSource, Eval, Limits, Train
+
+ANY = Limits(dropped_rows="100%", lost_tokens="100%", lost_end_tokens="100%")
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_base):
+    from transformers import AutoTokenizer
+
+    from lora_tune.data.chat_template import load_chat_template
+
+    return load_chat_template(AutoTokenizer.from_pretrained(tiny_base))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """A cache of the test's own, which keeps few rows as well."""
+    monkeypatch.setenv("LORA_TUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for module in (kept_conversations, packed_file, overlap):
+        monkeypatch.setattr(module, "WORTH_ROWS", 1)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """One entry for each source that is really read."""
+    found: list[str] = []
+    read = checking._CheckingPass.read
+
+    def counted(self, source, wanted, *, number):
+        found.append(source.name)
+        return read(self, source, wanted, number=number)
+
+    monkeypatch.setattr(checking._CheckingPass, "read", counted)
+    return found
+
+
+def write(path, count=60, *, first=0):
+    rows = [{"prompt": f"question {i % 50}", "completion": f"the answer {i} {'x ' * (i % 9)}"} for i in range(count)]
+    rows[3] = {"prompt": "odd", "completion": "odd", "extra": first}
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prepare(chat, data, *, hold_out="10%", seed=1, **train):
+    from lora_tune.data.pipeline import encode
+
+    found = read_conversations(data, hold_out=hold_out, seed=seed)
+    settings = Train(**{"max_length": 128, **train})
+    return found, encode(found, chat, loss_on="assistant", train=settings, limits=ANY, seed=seed)
+
+
+def as_values(found, prepared):
+    """All that a run takes from its data."""
+    rows = (*prepared.held_out_rows, *prepared.documents)
+    return (
+        list(found.train), list(found.held_out), found.has_tools, found.identities, asdict(prepared.ledger),
+        prepared.train.to_dict(), prepared.train._fingerprint, prepared.held_out,
+        [(row.input_ids.tolist(), row.mask.tolist(), row.line) for row in rows],
+        asdict(overlap.known_overlap(found.train, found.held_out)),
+    )  # fmt: skip
+
+
+def test_a_second_run_reads_nothing_and_gets_the_same(chat, passes):
+    data = [DataSource(source=write("a.jsonl")), DataSource(source=write("b.jsonl", 30, first=7), weight=0.5)]
+    first = as_values(*prepare(chat, data))
+    assert passes == ["a.jsonl", "b.jsonl"]
+    assert as_values(*prepare(chat, data)) == first
+    assert passes == ["a.jsonl", "b.jsonl"]
+    for kind in cache.KINDS:
+        assert list((Path("cache") / kind).glob("*.json")), kind
+
+
+def test_what_was_kept_equals_what_is_read_anew(chat, monkeypatch):
+    data = [DataSource(source=write("a.jsonl"))]
+    prepare(chat, data)
+    again = as_values(*prepare(chat, data))
+    monkeypatch.setenv("LORA_TUNE_CACHE", "another")
+    fresh = as_values(*prepare(chat, data))
+    times = [values[-1].pop("seconds") for values in (again, fresh)]
+    assert again == fresh and len(times) == 2
+
+
+CHANGES = {
+    "content": lambda: (write("a.jsonl", first=1), "10%", 1),
+    "a row more": lambda: (write("a.jsonl", 61), "10%", 1),
+    "the same content elsewhere": lambda: (write("b.jsonl"), "10%", 1),
+    "the share held out": lambda: ("a.jsonl", "20%", 1),
+    "a file held out": lambda: ("a.jsonl", write("held.jsonl", 5, first=3), 1),
+    "seed": lambda: ("a.jsonl", "10%", 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_question_is_read_anew(change, passes):
+    read_conversations([DataSource(source=write("a.jsonl"))], hold_out="10%", seed=1)
+    before = os.stat("a.jsonl")
+    path, hold_out, seed = CHANGES[change]()
+    os.utime("a.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
+    if change == "a file held out":  # its rows must not be those of the training
+        Path("held.jsonl").write_text('{"prompt": "new", "completion": "new"}\n')
+    passes.clear()
+    read_conversations([DataSource(source=path)], hold_out=hold_out, seed=seed)
+    assert passes and passes[0] == path
+
+
+def test_a_held_out_file_that_changed_is_read_anew(passes):
+    data = [DataSource(source=write("a.jsonl"))]
+    for number, text in enumerate(("new", "newer")):
+        Path("held.jsonl").write_text(json.dumps({"prompt": text, "completion": "new"}) + "\n")
+        for _ in range(2):
+            found = read_conversations(data, hold_out=Eval(hold_out="held.jsonl"), seed=1)
+            assert found.held_out[0].messages[0].content == text
+        assert len(passes) == 2 * (number + 1)
+
+
+@pytest.mark.parametrize("keys", [{"max_rows": 20}, {"on_bad_row": "drop"}, {"weight": 2.0}, {"format": "table"}])
+def test_every_key_of_a_source_is_part_of_the_question(keys, passes):
+    plain = DataSource(source=write("a.jsonl"))
+    named = {"columns": {"prompt": "prompt", "completion": "completion"}} if "format" in keys else {}
+    read_conversations([plain], hold_out=0, seed=1)
+    read_conversations([plain.model_copy(update={**keys, **named})], hold_out=0, seed=1)
+    assert len(passes) == 2
+
+
+def test_other_code_reads_anew(passes, monkeypatch):
+    data = [DataSource(source=write("a.jsonl"))]
+    read_conversations(data, hold_out=0, seed=1)
+    monkeypatch.setattr(kept_conversations, "code_sha256", lambda: "other")
+    read_conversations(data, hold_out=0, seed=1)
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("kind", cache.KINDS)
+def test_a_damaged_entry_is_made_again(kind, chat, own_cache):
+    data = [DataSource(source=write("a.jsonl"))]
+    first = as_values(*prepare(chat, data))
+    (stored, *_) = sorted((own_cache / kind).glob("*.arrow"), key=lambda path: -path.stat().st_size)
+    whole, note = stored.read_bytes(), stored.with_suffix(".json").read_text()
+    for damaged in (whole[:-1], b"", whole[:-20] + bytes(20), None):
+        if damaged is None:
+            stored.with_suffix(".json").write_text(note[: len(note) // 2])
+        else:
+            stored.unlink()  # what is mapped stays as it was
+            stored.write_bytes(damaged)
+        again = as_values(*prepare(chat, data))
+        first[-1].update(seconds=0)
+        again[-1].update(seconds=0)
+        assert again == first
+        assert stored.stat().st_size in range(len(whole) - 30, len(whole) + 30)
+
+
+def test_rows_that_are_refused_are_refused_every_time():
+    Path("bad.jsonl").write_text('{"prompt": "a", "completion": ""}\n' * 5)
+    for _ in range(2):
+        with pytest.raises(DataError, match="empty answer"):
+            read_conversations([DataSource(source="bad.jsonl")], hold_out=0, seed=1)
+    assert not list(Path("cache").rglob("*.json"))
+
+
+def test_few_rows_are_not_worth_it(monkeypatch, passes):
+    monkeypatch.setattr(kept_conversations, "WORTH_ROWS", 1000)
+    for _ in range(2):
+        read_conversations([DataSource(source=write("a.jsonl"))], hold_out=0, seed=1)
+    assert len(passes) == 2 and not list(Path("cache").rglob("*.arrow"))
+
+
+def test_a_full_disk_is_no_reason_to_stop(monkeypatch, passes):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.ConversationStore, "write", full)
+    for _ in range(2):
+        assert len(read_conversations([DataSource(source=write("a.jsonl"))], hold_out=0, seed=1).train) == 60
+    assert len(passes) == 2 and not list(Path("cache").rglob("*.tmp"))
+
+
+def test_the_cache_stays_within_its_size(chat, monkeypatch, own_cache):
+    monkeypatch.setattr(cache, "_KEPT_BYTES", 60_000)
+    for number in range(6):
+        prepare(chat, [DataSource(source=write(f"{number}.jsonl", 60 + number))])
+        kept = [path.stat().st_size for path in own_cache.rglob("*.arrow")]
+        assert sum(kept) - max(kept) <= 60_000 and kept
+
+
+def test_what_stays_in_memory_of_a_row_is_a_hundred_bytes(monkeypatch):
+    """Numbers and hashes, and no text."""
+    monkeypatch.setattr(store, "_IN_MEMORY_BYTES", 1)
+    monkeypatch.setattr(kept_conversations, "WORTH_ROWS", 1 << 40)
+    kept = []
+    for count in (1500, 4500):
+        data = [DataSource(source=write(f"{count}.jsonl", count))]
+        read_conversations(data, hold_out=0, seed=1)
+        tracemalloc.start()
+        found = read_conversations(data, hold_out=10, seed=1)
+        kept.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(found.train) == count - 10
+    assert (kept[1] - kept[0]) / 3000 < 100
+
+
+def test_packing_takes_some_bytes_a_document():
+    sizes = np.random.default_rng(0).integers(10, 400, 20_000)
+    tracemalloc.start()
+    found = pack(sizes, np.zeros(len(sizes), dtype=bool), max_length=2048, seed=1)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(map(len, found)) == len(sizes) and kept / len(sizes) < 20 and peak / len(sizes) < 100

@@ -19,8 +19,9 @@ from lora_tune.model.kernels.fuse import ACTIVATIONS, Fused, fuse
 from lora_tune.model.kernels.projections import Frozen, GatedMlp, Projections
 from lora_tune.model.kernels.rms_norm import RmsNorm
 from lora_tune.model.kernels.rotary import Rotate
+from lora_tune.model.methods import attach
 from lora_tune.model.source import find_base
-from lora_tune.recipe import Base
+from lora_tune.recipe import Base, Lora
 
 SMALL = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -213,6 +214,20 @@ def test_a_norm_of_any_shape(t: int, h: int, offset: float, seed: int) -> None:
     torch.testing.assert_close(both[1], both[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_over_more_rows_than_fit_the_cache(dtype: torch.dtype) -> None:
+    """Its gradient comes block by block; the last block is smaller."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 1500, 48, generator=draw).to(dtype).requires_grad_()
+    weight, gradient = torch.randn(48, generator=draw).to(dtype), torch.randn(2, 1500, 48, generator=draw).to(dtype)
+    exact = x.detach().double().requires_grad_()
+    expected = weight.double() * (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5))
+    expected.backward(gradient.double())
+    RmsNorm.apply(x, weight, 1e-5, 0.0).backward(gradient)
+    assert x.grad is not None and exact.grad is not None
+    torch.testing.assert_close(x.grad, exact.grad.to(dtype))
+
+
 def saved_bytes(model: Any) -> int:
     """Bytes of activations that a forward pass keeps for the backward pass."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -262,6 +277,16 @@ def test_what_is_not_plain_keeps_pefts_path(options: dict[str, Any], reason: str
     fused = fuse(adapted("llama", **options))
     assert (fused.qkv, fused.mlp, fused.linear) == (0, 0, 0)
     assert sum(fused.left.values()) == 14 and all(reason in key for key in fused.left)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_factors_that_are_made_of_two_keep_pefts_path(method: Any, tiny_base: Any) -> None:
+    base = Base(name=str(tiny_base), quantize="none")
+    source = find_base(base)
+    model = attach(load_base(source, base), Lora(rank=2, method=method), source=source, base=base, seed=1).train()
+    fused = fuse(model)
+    assert (fused.qkv, fused.mlp, fused.linear) == (0, 0, 0) and set(fused.left) == {"another method than plain LoRA"}
+    assert fused.norms and fused.rotations
 
 
 def test_without_a_graph_and_with_adapters_off_the_path_is_pefts_to_the_bit() -> None:

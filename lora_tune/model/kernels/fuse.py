@@ -87,7 +87,7 @@ def why_not(layer: Any) -> str:
     dropout = layer.lora_dropout[name]
     if getattr(dropout, "p", 0):
         return "dropout"
-    if name in getattr(layer, "lora_variant", {}):
+    if name in getattr(layer, "lora_variant", {}) or type(layer.lora_A[name].weight) is not nn.Parameter:
         return "another method than plain LoRA"
     if layer.lora_B[name].bias is not None:
         return "a bias of LoRA's own"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+_BLOCK = {"cpu": 2**16, "cuda": 2**24}  # values of a norm that are worked on at once in float32
+
 
 def dequantize(packed: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     """The matrix of a 4-bit weight by table lookup: of each byte the high half comes first."""
@@ -53,12 +55,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: floa
 def rms_norm_backward(
     gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, offset: float
 ) -> torch.Tensor:
-    """The gradient of x, in a new tensor."""
-    factor = weight.float() + offset if offset else weight
-    weighted = (gradient * factor).to(x.dtype)
-    mean = torch.mul(weighted, x).sum(dim=-1, keepdim=True, dtype=torch.float32).div_(x.shape[-1])
-    dx = torch.mul(weighted, scale, out=weighted)
-    return dx.addcmul_(x, mean.mul_(scale.pow(3)).to(x.dtype), value=-1)
+    """The gradient of x, in a new tensor: in float32, by blocks of rows that stay in the cache of a processor."""
+    size, factor = x.shape[-1], weight.float() + offset
+    x_NH, gradient_NH, scale_N1 = x.reshape(-1, size), gradient.reshape(-1, size), scale.reshape(-1, 1)
+    dx_NH = torch.empty(x_NH.shape, dtype=x.dtype, device=x.device)
+    rows = max(1, _BLOCK.get(x.device.type, _BLOCK["cuda"]) // size)
+    for start in range(0, x_NH.shape[0], rows):
+        block, scale_R1 = slice(start, start + rows), scale_N1[start : start + rows]
+        normal_RH = x_NH[block].float() * scale_R1
+        weighted_RH = gradient_NH[block].float() * factor
+        mean_R1 = torch.linalg.vecdot(weighted_RH, normal_RH).unsqueeze(1).div_(size)
+        dx_NH[block] = weighted_RH.addcmul_(normal_RH, mean_R1, value=-1).mul_(scale_R1)
+    return dx_NH.view(x.shape)
 
 
 def rope(x_BNTD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: str) -> None:

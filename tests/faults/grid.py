@@ -144,6 +144,7 @@ def table(rows: Sequence[Mapping[str, Any]], *, planned: Mapping[str, int], work
         "with losses of all steps, adapter, configuration, test vectors, tokenizer and ledger of a run that nothing",
         "struck, to the last bit; after a kill at most `save_every` steps are taken again; nothing is left over, no",
         "traceback was printed. *Went on*: the struck run itself came to that end. *Lost*: all else.",
+        "Of two processes or machines one is struck: one message, then the losses of one process, to 1e-4.",
         "",
         "| fault | cases | tried | identical | of these went on | lost |",
         "|---|--:|--:|--:|--:|--:|",

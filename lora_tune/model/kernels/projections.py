@@ -108,7 +108,7 @@ class GatedMlp(torch.autograd.Function):
         del h_TI
         if dh_TI is None:
             raise RuntimeError("the gradient of the product was asked for")
-        d_made = gated_backward(dh_TI, gate_TI, up_TI, activation=ctx.activation)
+        d_made: tuple[torch.Tensor, ...] = gated_backward(dh_TI, gate_TI, up_TI, activation=ctx.activation)
         if len(made) == 1:
             d_made = (torch.cat(d_made, dim=1),)
         del dh_TI

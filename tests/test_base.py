@@ -18,15 +18,18 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_tune.errors import UsageError
+from lora_tune.model import base as base_module
 from lora_tune.model.base import (
     checkpoint_layers,
     compute_dtype,
     fit_embeddings,
     full_weight,
+    is_read_wrongly,
     linear4bit_modules,
     load_base,
     protect_from_repacking,
 )
+from lora_tune.model.kernels import plain
 from lora_tune.model.methods import attach
 from lora_tune.model.source import find_base
 from lora_tune.recipe import Base, Lora
@@ -370,3 +373,33 @@ def test_on_a_gpu_the_base_lies_there_and_trains(tiny_base: Path, quantize: str)
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("block", [64, 128])
+def test_where_bitsandbytes_takes_the_scales_of_other_blocks(block: int) -> None:
+    """By the definition of the format; once a newer bitsandbytes is right everywhere, the warning can go."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    found, expected = [], []
+    for columns in range(2, 3 * block, 2):
+        weight = torch.randn(16, columns, generator=torch.Generator().manual_seed(columns))
+        packed, state = quantize_4bit(weight, blocksize=block, quant_type="nf4")
+        if not torch.equal(dequantize_4bit(packed, state), plain.dequantize(packed, state, torch.float32)):
+            found.append(columns)
+        if is_read_wrongly(columns, block):
+            expected.append(columns)
+    assert found == expected
+
+
+def test_a_base_that_bitsandbytes_reads_wrongly_is_named(monkeypatch: Any, caplog: Any) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    model = torch.nn.ModuleDict({str(size): Linear4bit(size, 8, quant_type="nf4").to("cpu") for size in (64, 96)})
+    monkeypatch.setattr(base_module, "device_type", lambda: "cpu")
+    for capability, lines in (("AVX512", ["96 of 96 inputs"]), ("AVX2", [])):
+        caplog.clear()
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda now=capability: now)
+        base_module._warn_of_ragged_rows(model, "base 'odd'")
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == len(lines) and all(line in text for line, text in zip(lines, said, strict=True))

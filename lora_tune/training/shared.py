@@ -106,7 +106,6 @@ class SharedTrainer(BudgetedTrainer):
             plain = super().create_optimizer()
             move_buffers(self.model, self.args.device)
             self.parts = zero3.divide(self.model, plain, max_grad_norm=self.args.max_grad_norm)
-            self.optimizer = None
             count = sum(1 for _ in self.model.parameters())
         else:
             count = divide(self.model, device=self.args.device)

@@ -13,7 +13,7 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def free(set_to_none: bool = True) -> None:
+    def free(set_to_none: object = None) -> None:
         for parameter in trained:
             parameter.grad = None
 

@@ -6,7 +6,8 @@ QLoRA, rank 32 on all linear layers, one sequence a step, as in the published ta
 Llama-3.1-8B (unsloth.ai/docs/basics/unsloth-benchmarks). A length fits when forward, backward and the update of the
 adapter went through; PyTorch is held to the size by `set_per_process_memory_fraction`, from which what the driver and
 its libraries hold outside of it is taken off first. `recomputed` computes every layer again in the backward pass,
-`kept` none. Memory grows by so much a token: two short lengths say where to look, and what is printed was tried.
+`offloaded` keeps the inputs of those layers and the embedding in the machine's memory besides, `kept` computes nothing
+again. Memory grows by so much a token: two short lengths say where to look, and what is printed was tried.
 
 Nothing can be held to a size on a CPU: there each length is tried once without a limit, and the result says so.
 """
@@ -34,7 +35,7 @@ GIB = 2**30
 RANK = 32
 ROUNDED = 64  # tokens
 PROBES = {"8b": (1024, 4096), "small": (64, 256), "tiny": (32, 64)}
-HOW = ("recomputed", "kept")
+HOW = ("offloaded", "recomputed", "kept")
 
 
 class DoesNotFit(Exception):
@@ -97,13 +98,17 @@ class Bench:
         from lora_tune.model.kernels.fuse import fuse
         from lora_tune.model.kernels.loss_head import find_head
         from lora_tune.model.methods import attach
+        from lora_tune.model.offload import offload_checkpoints
         from lora_tune.model.source import find_base
         from lora_tune.recipe import Base, Lora
 
-        base = Base(name=str(folder), quantize="nf4", compute_dtype="bfloat16")
+        embeddings: Any = "cpu" if how == "offloaded" else "device"
+        base = Base(name=str(folder), quantize="nf4", compute_dtype="bfloat16", embeddings=embeddings)
         source = find_base(base)
         self.model = attach(load_base(source, base), Lora(rank=RANK, alpha=RANK), source=source, base=base, seed=3)
-        checkpoint_layers(self.model, "all" if how == "recomputed" else "none")
+        checkpoint_layers(self.model, "none" if how == "kept" else "all")
+        if how == "offloaded":
+            offload_checkpoints(self.model)
         self.attention_said = use_varlen(self.model, base)
         self.model.train()
         self.fused = fuse(self.model)

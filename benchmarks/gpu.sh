@@ -56,7 +56,7 @@ versions|120|$PYTHON -m benchmarks.gpu_table --machine {}
 kernels|240|$PYTHON -m benchmarks.gpu_table --tests {}
 step_4x2048_qlora|600|$PYTHON $STEP --method qlora $SHORT --recompute $RECOMPUTE --against $PEERS_ASKED --json {}
 step_1x8192_qlora|480|$PYTHON $STEP --method qlora $LONG --recompute $RECOMPUTE --against $PEERS_ASKED --json {}
-context|420|$PYTHON -m benchmarks.context --shape $SHAPE --gib $SIZES --base $WORK/base-$SHAPE --json {}
+context|540|$PYTHON -m benchmarks.context --shape $SHAPE --gib $SIZES --base $WORK/base-$SHAPE --json {}
 step_4x2048_ours|300|$PYTHON $STEP --method qlora $SHORT --recompute $RECOMPUTE --against $OURS,raw --json {}
 run|300|$PYTHON -m benchmarks.shaped_run --shape $WHOLE $WEIGHTS --steps $STEPS --keep {} train.max_length=$LENGTH eval.metrics=[loss] eval.samples=0
 step_4x2048_lora|420|$PYTHON $STEP --method lora $SHORT --recompute $RECOMPUTE --against $PEERS_ASKED --json {}

@@ -72,12 +72,14 @@ def ours(found: Any) -> Iterator[Line]:
 def context(found: Any) -> Iterator[Line]:
     """Tokens of one sequence that train in so much memory."""
     limited = found and found["limited"]
-    for how, words in (("recomputed", "layers computed again"), ("kept", "nothing computed again")):
+    ways = {"offloaded": "inputs of layers, embedding in the machine's memory",
+            "recomputed": "layers computed again", "kept": "nothing computed again"}  # fmt: skip
+    for how, words in ways.items():
         by_size = {row["gib"]: row for row in found["rows"].get(how, [])} if limited else {}
         for gib, published in ((8, 2_972), (12, 21_848), (16, 40_724), (24, 78_475)):
             row = by_size.get(gib)
             said = UNMEASURED if row is None else row.get("why") or f"{row['tokens']:,} ({row['peak_gib']:.1f} GiB)"
-            goal = f"Unsloth says {published:,}" if how == "recomputed" else ""
+            goal = f"Unsloth says {published:,}" if how == "offloaded" else ""
             yield f"longest sequence in {gib} GiB, {words}", goal, said
 
 

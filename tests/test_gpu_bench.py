@@ -129,7 +129,7 @@ def test_what_has_no_file_is_unmeasured_and_what_has_one_names_it(tmp_path: Path
         return {"tool": tool, "tokens_per_s": speed, "peak_mib": mib}
 
     steps = {"rows": [row("lora_tune", 16000.0, 9000.0), row("unsloth", 12800.0, 10000.0)]}
-    sizes = {"limited": True, "rows": {"recomputed": [{"gib": 8, "tokens": 3008, "peak_gib": 7.4}]}}
+    sizes = {"limited": True, "rows": {"offloaded": [{"gib": 8, "tokens": 3008, "peak_gib": 7.4}]}}
     (tmp_path / "step_4x2048_qlora.json").write_text(json.dumps(steps))
     (tmp_path / "context.json").write_text(json.dumps(sizes))
     made = gpu_table.text(tmp_path)

@@ -100,6 +100,16 @@ def measured(rows: int) -> dict[str, Any]:
         return found
 
 
+def extrapolated(first: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """What a further row takes in each stage, and the highest stage at 10 million rows by that."""
+    slopes, at_10m = {}, []
+    for name in sorted(first["peak_mib"].keys() & last["peak_mib"].keys()):
+        slope = (last["peak_mib"][name] - first["peak_mib"][name]) / (last["rows"] - first["rows"])
+        slopes[name] = round(slope * 2**20)
+        at_10m.append(first["peak_mib"][name] + slope * (10_000_000 - first["rows"]))
+    return {"bytes_a_row": slopes, "extrapolated_mib_at_10m_rows": round(max(at_10m))}
+
+
 def main() -> None:
     """Measure every size, or print one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,11 +123,7 @@ def main() -> None:
         return
     sizes = [measured(rows) for rows in sorted(given.rows)]
     facts: dict[str, Any] = {"machine": machine(), "versions": versions(*LIBRARIES), "sizes": sizes}
-    if len(sizes) > 1:
-        first, last = sizes[0], sizes[-1]
-        slope = (last["highest_mib"] - first["highest_mib"]) * 2**20 / (last["rows"] - first["rows"])
-        at_10m = first["highest_mib"] + slope * (10_000_000 - first["rows"]) / 2**20
-        facts |= {"bytes_a_row": round(slope), "extrapolated_mib_at_10m_rows": round(at_10m)}
+    facts |= extrapolated(sizes[0], sizes[-1]) if len(sizes) > 1 else {}
     text = json.dumps(facts, indent=1)
     print(text)
     if given.write:

@@ -89,7 +89,7 @@ def test_a_tool_that_hangs_is_stopped_and_the_others_are_said(tmp_path: Path) ->
     left_out: dict[str, str] = {}
     began = time.monotonic()
     names, job = ["unsloth", "llamafactory"], step.Job("lora", steps=2, threads=1)
-    found = step.one_pass(names, tmp_path, job, peers=tmp_path, left_out=left_out, ends=began + 1.5)
+    found = step.one_pass(names, tmp_path, job, peers=tmp_path, left_out=left_out, ends=began + 0.5)
     assert found == {} and left_out == dict.fromkeys(names, "the time was over")
     assert time.monotonic() - began < 30
 

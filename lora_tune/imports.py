@@ -1,4 +1,4 @@
-"""Imports that cost less: bitsandbytes comes when something of it is used, and the garbage collector rests meanwhile.
+"""Imports that cost less: the garbage collector rests, and bitsandbytes comes when something of it is used.
 
 PEFT imports bitsandbytes wherever it is installed, and that brings torch's compiler: about a second of CPU, which a run
 with `base.quantize: none` has no use for.
@@ -20,15 +20,17 @@ _LOCK = threading.RLock()
 
 
 @contextmanager
-def quick_imports() -> Iterator[None]:
+def quick_imports(*later: str) -> Iterator[None]:
     """For heavy imports: the garbage collector rests, and what was imported it never looks at again.
 
-    Imports make millions of objects and hardly any garbage; looking for it takes a fifth of their time.
+    Imports make millions of objects and hardly any garbage; looking for it takes a fifth of their time. The modules
+    `later` come when something of them is used.
     """
     was_on, before = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
-        defer("bitsandbytes")
+        for name in later:
+            defer(name)
         yield
     finally:
         if len(sys.modules) - before > _MANY:
@@ -67,8 +69,7 @@ class _Deferred(ModuleType):
             raise AttributeError(name)  # questions that are asked of every module
         with _LOCK:
             if isinstance(self, _Deferred):  # no other thread was first
-                spec = self.__spec__
-                assert spec is not None and spec.loader is not None
+                spec: Any = self.__spec__
                 self.__class__ = ModuleType  # type: ignore[assignment]
                 if spec.submodule_search_locations is not None:
                     self.__path__ = spec.submodule_search_locations

@@ -200,12 +200,13 @@ def _resolve(recipe: Recipe, source: BaseSource, *, start: Start) -> tuple[Recip
 def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remote_code: str | None) -> PeftModel:
     """The base on its device with a trainable adapter, its layers checkpointed as the recipe says."""
     with activity(f"loading {source.name} ({recipe.base.quantize})"):
-        from lora_tune.adapter.load import read_adapter
-        from lora_tune.model.attention import use_varlen
-        from lora_tune.model.base import checkpoint_layers, load_base
-        from lora_tune.model.methods import attach
-        from lora_tune.model.offload import offload_checkpoints
-        from lora_tune.training.batches import first_batches
+        with quick_imports("bitsandbytes"):
+            from lora_tune.adapter.load import read_adapter
+            from lora_tune.model.attention import use_varlen
+            from lora_tune.model.base import checkpoint_layers, load_base
+            from lora_tune.model.methods import attach
+            from lora_tune.model.offload import offload_checkpoints
+            from lora_tune.training.batches import first_batches
 
         start = read_adapter(Path(recipe.lora.start_from)) if recipe.lora.start_from else None
         place: Literal["device", "memory, to be divided"] = "memory, to be divided" if here().divided else "device"
@@ -227,7 +228,7 @@ def _train(
     model: PeftModel, recipe: Recipe, prepared: Prepared, *, chat: ChatTemplate, start: Start, planned: Planned
 ) -> None:
     """Train, or go on from the newest checkpoint; writes `metrics.jsonl` and `loss.png`."""
-    with quick_imports():
+    with quick_imports("bitsandbytes"):
         from lora_tune.model.methods import parameter_groups
         from lora_tune.training.preflight import check_before_training
         from lora_tune.training.progress import TrainingDisplay, draw_loss, tracker_callbacks

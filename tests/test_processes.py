@@ -342,6 +342,7 @@ def test_a_layout_that_cannot_be_is_refused_with_one_that_can(hardware: dict[str
         ("lora.method", {}, {"method": "dora"}, {}),
         ("lora.modules_to_save", {}, {"modules_to_save": ("lm_head",)}, {}),
         ("lora.new_tokens", {}, {"new_tokens": ("<a>",)}, {}),
+        ("train.compile", {}, {}, {"compile": "layers"}),
     ],
 )
 def test_what_does_not_work_divided_is_refused_with_what_does(

@@ -170,6 +170,8 @@ def _conflicts(strategy: Strategy, base: Base, lora: Lora, train: Train) -> Iter
             yield Problem(f"{name} divides the embedding already", f"set it to device, {other}", key="base.embeddings")
         if train.offload == "checkpoints":
             yield Problem(f"does not work under {name}", f"write none, {other}", key="train.offload")
+        if train.compile == "layers":
+            yield Problem(f"does not work under {name}", f"write off, {other}", key="train.compile")
         if lora.plus_ratio:
             yield Problem(f"cannot be used under {name}", f"remove it, {other}", key="lora.plus_ratio")
     if name == "zero3":

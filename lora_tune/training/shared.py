@@ -103,6 +103,8 @@ class SharedTrainer(BudgetedTrainer):
         if not self.team.divided:
             return
         if self.team.strategy == "zero3":
+            if self.args.fp16:  # what compute_dtype: auto is on a card without bfloat16
+                raise ResourceError("the loss scaling of float16 does not work under zero3", "take fsdp2, or ddp")
             plain = super().create_optimizer()
             move_buffers(self.model, self.args.device)
             self.parts = zero3.divide(self.model, plain, max_grad_norm=self.args.max_grad_norm)

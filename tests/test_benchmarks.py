@@ -139,11 +139,13 @@ def test_what_was_not_measured_is_said_so(tmp_path: Path) -> None:
     assert table.text(tmp_path).count("unmeasured") == 5
     row: dict[str, Any] = {"tool": "raw", "tokens_per_cpu_s": 10.0, "tokens_per_s": 20.0, "peak_mib": 1.0,
                            "first_step_s": 2.0, "final_loss": 3.0}  # fmt: skip
-    found = {"rows": [row], "versions": {"raw": {"peft": "9.9"}}, "left_out": {"unsloth": "why"},
+    found = {"rows": [row], "threads": [1, 2], "versions": {"raw": {"peft": "9.9"}}, "left_out": {"unsloth": "why"},
              "machine": {"processor": "p", "cores": 2, "load_before": 0.1, "commit": "abc"}}  # fmt: skip
     (tmp_path / "step_small_lora.json").write_text(json.dumps(found))
     made = table.text(tmp_path)
     assert "| LoRA, bf16 | raw PEFT loop 9.9 | 10 | 1.00 | 20 | 1 | 2.0 | 3.000 |" in made
+    (tmp_path / "step_small_lora.json").write_text(json.dumps(found | {"threads": [1]}))
+    assert "| 10 | 1.00 | unmeasured | 1 | 2.0 | 3.000 |" in table.text(tmp_path)
     assert "Unsloth (CPU mode) | does not run" in made and "| QLoRA, nf4 | unmeasured |" in made
 
 

@@ -90,11 +90,14 @@ def plain_loss(model: PreTrainedModel, row: TokenRow) -> RowLoss:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 8192])
-@pytest.mark.parametrize("logit_bytes", [2**10, 2**29])
+@pytest.mark.parametrize("logit_bytes", [2**10, 2**29, None])
 def test_losses_equal_those_of_single_rows(
-    model: PreTrainedModel, batch_tokens: int, logit_bytes: int, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, batch_tokens: int, logit_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "_LOGIT_BYTES", logit_bytes)
+    """With all logits of a batch at once, of many rows or few, and tile by tile (None)."""
+    if logit_bytes:
+        monkeypatch.setattr(losses, "_LOGIT_BYTES", logit_bytes)
+        monkeypatch.setattr(losses, "find_head", lambda base: None)
     rows = token_rows(30)
     expected = [plain_loss(model.eval(), row) for row in rows]
     found = row_losses(model, rows, pad_id=0, batch_tokens=batch_tokens)

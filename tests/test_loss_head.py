@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_tune.model import footprint
 from lora_tune.model.kernels import loss_tile
-from lora_tune.model.kernels.loss_head import Head, find_head, summed
+from lora_tune.model.kernels.loss_head import Head, find_head, summed, token_losses
 from lora_tune.recipe import Lora
 from lora_tune.training.loss import summed_loss, trained_positions
 
@@ -70,7 +70,10 @@ def test_losses_and_gradients_are_those_of_full_logits(
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(own.grad, reference.grad, rtol=1e-5, atol=1e-5 * float(reference.grad.abs().max()))
     with torch.no_grad():
-        torch.testing.assert_close(summed(own, head, *trained_positions(labels)), loss.detach())
+        predicts, targets = trained_positions(labels)
+        torch.testing.assert_close(summed(own, head, predicts, targets), loss.detach())
+        each = token_losses(own.flatten(0, 1)[predicts], head, targets)
+        torch.testing.assert_close(each.sum(), loss.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

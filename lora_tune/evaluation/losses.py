@@ -12,6 +12,7 @@ import torch
 
 from lora_tune.model.divided import shape_of
 from lora_tune.model.generation import evaluating, in_halves, transformer
+from lora_tune.model.kernels.loss_head import Head, find_head, input_of, token_losses
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +44,8 @@ def row_losses(
     """The loss of every row, in the order of the rows, as if each were computed alone (1e-6 in float32).
 
     Rows of similar length share a batch of at most `batch_tokens` tokens and are padded on the right. The model runs
-    in its own dtype, without autocast; logits are made at the positions that predict a labelled token only,
+    in its own dtype, without autocast; logits are made at the positions that predict a labelled token only, a tile of
+    them at a time where the head is a plain one (`find_head`),
     log-probabilities in float32, sums in float64. Mode and random state of the model stay as they are. A row whose
     mask is empty counts 0 tokens.
     """
@@ -52,8 +54,13 @@ def row_losses(
     position_bytes = vocabulary * base.dtype.itemsize
     found: dict[int, RowLoss] = {}
 
+    heads: list[Head | None] = []  # found with the first batch
+
     def measure(batch: list[int]) -> None:
-        found.update(zip(batch, _batch_losses(base, [rows[place] for place in batch], pad_id), strict=True))
+        if not heads:
+            heads.append(find_head(base))
+        losses = _batch_losses(base, [rows[place] for place in batch], pad_id, heads[0])
+        found.update(zip(batch, losses, strict=True))
         if progress:
             progress(len(batch))
 
@@ -92,7 +99,7 @@ def _batches(rows: Sequence[TokenRow], batch_tokens: int, *, most_positions: int
         yield batch
 
 
-def _batch_losses(base: PreTrainedModel, rows: Sequence[TokenRow], pad_id: int) -> list[RowLoss]:
+def _batch_losses(base: PreTrainedModel, rows: Sequence[TokenRow], pad_id: int, head: Head | None) -> list[RowLoss]:
     """Losses of rows that share one forward pass."""
     longest = max(len(row.input_ids) for row in rows)
     ids_BT = torch.full((len(rows), longest), pad_id, dtype=torch.long)
@@ -107,6 +114,8 @@ def _batch_losses(base: PreTrainedModel, rows: Sequence[TokenRow], pad_id: int) 
     wanted = labelled_BT.any(dim=0).nonzero().squeeze(1)
     if not len(wanted):
         return [RowLoss(0.0, 0) for _ in rows]
+    if head is not None:
+        return _from_inputs(base, ids_BT, attention_BT, labelled_BT, head)
     device = base.device
     keep = (wanted - 1).to(device)
     output = base(
@@ -126,3 +135,16 @@ def _batch_losses(base: PreTrainedModel, rows: Sequence[TokenRow], pad_id: int) 
             nll += torch.nn.functional.cross_entropy(logits_PV, targets_P, reduction="none").double().sum()
         losses.append(RowLoss(float(nll), len(places_P)))
     return losses
+
+
+def _from_inputs(
+    base: PreTrainedModel, ids_BT: torch.Tensor, attention_BT: torch.Tensor, labelled_BT: torch.Tensor, head: Head
+) -> list[RowLoss]:
+    """The losses of a batch from the inputs of its head, whose logits are made tile by tile."""
+    with input_of(head.layer) as seen:
+        base(input_ids=ids_BT.to(base.device), attention_mask=attention_BT.to(base.device), use_cache=False)
+    row_N, place_N = labelled_BT.nonzero(as_tuple=True)
+    x_NH = seen.pop()[row_N.to(base.device), (place_N - 1).to(base.device)]
+    losses_N = token_losses(x_NH, head, ids_BT[row_N, place_N].to(base.device)).double().cpu()
+    counts = labelled_BT.sum(dim=1).tolist()
+    return [RowLoss(float(own.sum()), len(own)) for own in losses_N.split(counts)]

@@ -225,6 +225,8 @@ def _evaluation(job: Job, choice: Choice) -> dict[str, float]:
     shape, element, length = job.shape, job.element, job.train.max_length
     tokens = length if job.device == "cuda" else max(length, _EVALUATED_TOKENS)
     logits = length * shape.vocabulary * element + min(length, _LOSS_POSITIONS) * shape.vocabulary * (element + 8)
+    if _plain_head(job):
+        logits = min(logits, int(_loss_tile(job, length)))
     temporaries = tokens * (shape.active_intermediate * (2 * element + 12) + shape.hidden * (2 * element + 4))
     return _held(job, choice) | {
         "gradients": 0.0,
@@ -281,16 +283,22 @@ def _loss_head(job: Job, tokens: int) -> float:
     its gradient are held at once.
     """
     shape = job.shape
-    plain = not job.lora.new_tokens and not any(
-        name.rsplit(".", 1)[-1] in _EMBEDDINGS for name in job.lora.modules_to_save
-    )
-    if plain and not STRATEGIES[job.layout.strategy].divided:
-        wide = 6 if job.base.compute_dtype == "float16" else job.element
-        tile = loss_tile_tokens(tokens, shape.vocabulary, element=wide, device=job.device)
-        inputs = tokens * shape.hidden * job.element
-        logits = tile * shape.vocabulary
-        return max(logits * wide + 8 * min(logits, LOSS_BLOCK[job.device]) + inputs, 3 * inputs)
+    if _plain_head(job):
+        return max(_loss_tile(job, tokens), 3 * tokens * shape.hidden * job.element)
     return tokens * shape.vocabulary * (job.element + 8)
+
+
+def _plain_head(job: Job) -> bool:
+    """Whether the loss is computed from the inputs of the head, tile by tile."""
+    trained = any(name.rsplit(".", 1)[-1] in _EMBEDDINGS for name in job.lora.modules_to_save)
+    return not (trained or job.lora.new_tokens or STRATEGIES[job.layout.strategy].divided)
+
+
+def _loss_tile(job: Job, tokens: int) -> float:
+    """Bytes of a tile of logits, what PyTorch works on of it in float32, and the inputs of the head."""
+    wide = 6 if job.base.compute_dtype == "float16" else job.element
+    logits = job.shape.vocabulary * loss_tile_tokens(tokens, job.shape.vocabulary, element=wide, device=job.device)
+    return logits * wide + 8 * min(logits, LOSS_BLOCK[job.device]) + tokens * job.shape.hidden * job.element
 
 
 def loss_tile_tokens(tokens: int, vocabulary: int, *, element: int, device: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_tune.model.kernels.loss_head import Head, summed
+from lora_tune.model.kernels.loss_head import Head, input_of, summed
 from lora_tune.training.batches import IGNORED
 
 _PREDICTS, _TARGETS = "predicts", "targets"  # of a batch: what `WithTargets` adds
@@ -60,7 +60,7 @@ def summed_loss(
         with _layer_sees(layer, predicts_N):
             outputs = model(**rest, use_cache=False)
         return nn.functional.cross_entropy(outputs.logits.float(), targets_N, reduction="sum"), outputs
-    with _input_of(layer) as seen:
+    with input_of(layer) as seen:
         outputs = model(**rest, use_cache=False)
     return summed(seen.pop(), head, predicts_N, targets_N), outputs
 
@@ -75,21 +75,5 @@ def _layer_sees(layer: nn.Module, predicts_N: torch.Tensor) -> Iterator[None]:
     handle = layer.register_forward_pre_hook(choose)
     try:
         yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _input_of(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Inside, the input (B, T, h) of the output layer is kept, and the layer computes no logit."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        seen.append(inputs[0])
-        return (inputs[0].detach()[:, :0], *inputs[1:])
-
-    handle = layer.register_forward_pre_hook(keep)
-    try:
-        yield seen
     finally:
         handle.remove()

@@ -8,6 +8,8 @@ computed again 6·V·h. Tokens that are not trained are left out of all of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,18 +96,50 @@ def summed(hidden_BTH: torch.Tensor, head: Head, predicts_N: torch.Tensor, targe
 
 
 @torch.no_grad()
+def token_losses(x_NH: torch.Tensor, head: Head, targets_N: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (N, nats, float32) of each of N tokens from the inputs of the head, without a gradient."""
+    weight_VH, bias = head.layer.weight, head.layer.bias
+    step = loss_tile_tokens(len(x_NH), len(weight_VH), element=weight_VH.element_size(), device=x_NH.device.type)
+    tiles = [slice(start, start + step) for start in range(0, len(x_NH), step)]
+    losses = [
+        choice.loss_tile(
+            nn.functional.linear(x_NH[tile].to(weight_VH.dtype), weight_VH, bias), targets_N[tile],
+            softcap=head.softcap, multiplier=head.multiplier,
+        )
+        for tile in tiles
+    ]  # fmt: skip
+    return torch.cat(losses) if losses else x_NH.new_zeros(0, dtype=torch.float32)
+
+
+@contextmanager
+def input_of(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Inside, the input (B, T, h) of the output layer is kept, and the layer computes no logit."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        seen.append(inputs[0])
+        return (inputs[0].detach()[:, :0], *inputs[1:])
+
+    handle = layer.register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
 def find_head(model: Any) -> Head | None:
     """The head of a model whose loss can be computed from its inputs; None where it must give all logits itself.
 
-    That is a plain frozen linear layer on the model's own device, after which the model does nothing but scale and
+    That is a plain frozen linear layer of a model that is not divided, after which the model does nothing but scale and
     bend each logit: asked with numbers, by what the model makes of logits put in the place of its own (one token goes
     through the model for it).
     """
     layer: Any = model.get_output_embeddings()
     if type(layer) is not nn.Linear or any(parameter.requires_grad for parameter in layer.parameters()):
         return None
-    if type(layer.weight) is not nn.Parameter:  # a part of a matrix that is divided over processes
-        return None
+    if any(hasattr(parameter, "placements") or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return None  # divided over processes: a weight is whole only inside of the forward pass
     put_V = torch.linspace(-40, 40, layer.weight.shape[0], device=layer.weight.device).to(layer.weight.dtype)
     found_V = _answered(model, layer, put_V)
     config = model.config.get_text_config()

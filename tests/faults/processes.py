@@ -60,7 +60,7 @@ def cases() -> Iterator[Case]:
                 strike = ranks.Strike(rank, signal.SIGKILL, turn=turn)
                 yield Case(f"two processes: kill rank {rank}", strategy, strike, (1, 2)[turn % 4 == 1])
             strike = ranks.Strike(rank, signal.SIGSTOP, turn=7)
-            yield Case("two processes: one hangs", strategy, strike, 2)
+            yield Case(f"two processes: rank {rank} hangs", strategy, strike, 2)
         for name in ("_remove_unfinished", "_seal", "_write_manifest", "sync", "_rotate"):
             for turn in (1, 2, 3):
                 strike = ranks.Strike(0, signal.SIGKILL, turn=turn, function=_SAVING + name)

@@ -12,7 +12,11 @@ from pydantic import ValidationError
 
 from lora_tune.errors import RecipeError
 from lora_tune.model.rate import learning_rate, rate_of
-from lora_tune.recipe import Train
+from lora_tune.model.source import find_base
+from lora_tune.recipe import Recipe, Train
+from lora_tune.run import _resolve
+from lora_tune.training.checkpoint import Checkpoint
+from lora_tune.training.start import Start
 
 LLAMA = {
     "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100, "intermediate_size": 64,
@@ -53,3 +57,15 @@ def test_the_trainer_decides_for_who_calls_it_from_python(tiny_base: Path, tmp_p
     trainer = training_kit.trainer(tmp_path, tiny_base, training_kit.rows(4), train=train)
     width = trainer.model.config.hidden_size
     assert trainer.args.learning_rate == learning_rate(train, {**LLAMA, "hidden_size": width})
+
+
+@pytest.mark.parametrize(("stored", "rate"), [({"learning_rate": 1e-3}, 1e-3), ({}, 2.56e-3)], ids=["kept", "older"])
+def test_a_resumed_run_keeps_the_rate_that_it_was_started_with(
+    stored: dict[str, float], rate: float, tmp_path: Path
+) -> None:
+    content = {"base": {"name": "builtin:quickstart"}, "data": [{"source": "rows.jsonl"}], "output": "out"}
+    recipe = Recipe.model_validate(content)
+    run = {"resolved": {"micro_batch_size": 2, "gradient_checkpointing": 0, "optimizer": "adamw", **stored}}
+    start = Start(found=Checkpoint(tmp_path, step=1, run=run, run_id="", files=frozenset()))
+    resolved, _ = _resolve(recipe, find_base(recipe.base), start=start)
+    assert resolved.train.learning_rate == rate

@@ -1,0 +1,76 @@
+"""What stands behind the default hyper-parameters: the settings that were compared, and the kept comparison."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import quality
+from lora_tune.recipe import Lora, Train
+
+RESULT: dict[str, Any] = json.loads(quality.RESULT.read_text(encoding="utf-8"))
+PEERS = [tool for tool in quality.TOOLS if tool != "lora_tune" and tool in {run["tool"] for run in RESULT["runs"]}]
+
+
+def test_ours_are_the_defaults_of_the_recipe() -> None:
+    ours, default = quality.TOOLS["lora_tune"], Train()
+    assert ours.lora() == Lora()
+    changed = {name for name, value in ours.train().model_dump().items() if value != getattr(default, name)}
+    assert changed == {
+        "learning_rate", "max_length", "micro_batch_size", "gradient_checkpointing", "optimizer", "save_every",
+    }  # fmt: skip
+
+
+def test_the_numbers_of_trl_are_those_of_the_installed_one() -> None:
+    spec = find_spec("trl")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent
+    script = (folder / "scripts/sft.py").read_text(encoding="utf-8")
+    example = script[script.index("# LoRA") : script.index('"""\n\nimport')]
+    found = dict(re.findall(r"--(\w+) ([\d.e-]+)", example))
+    tool = quality.TOOLS["TRL, script"]
+    assert (tool.rank, tool.alpha) == (int(found["lora_r"]), float(found["lora_alpha"]))
+    assert tool.learning_rate == float(found["learning_rate"]) and ("--packing" in example) == tool.packing
+    size = int(found["per_device_train_batch_size"]) * int(found["gradient_accumulation_steps"])
+    assert tool.batch_size == size
+    settings = (folder / "trainer/sft_config.py").read_text(encoding="utf-8")
+    assert re.search(r"learning_rate: float = field\(\s*default=2e-5", settings)
+    assert quality.TOOLS["TRL, bare"].learning_rate == 2e-5
+
+
+def test_the_kept_results_are_of_these_settings() -> None:
+    assert RESULT["settings"] == {tool: json.loads(json.dumps(asdict(made))) for tool, made in quality.TOOLS.items()}, (
+        "the defaults changed: run python -m benchmarks.quality"
+    )
+    assert quality.RESULT.with_suffix(".md").read_text(encoding="utf-8") == quality.table(RESULT)
+
+
+@pytest.mark.parametrize("data", sorted(quality.DATA))
+def test_our_defaults_are_worse_than_none(data: str) -> None:
+    own = quality.losses(RESULT["runs"], data, "lora_tune")
+    assert own
+    for tool in PEERS:
+        if tool == quality.CONTROL:
+            continue
+        found = quality.losses(RESULT["runs"], data, tool)
+        shared = sorted(own.keys() & found.keys())
+        assert all(own[seed] <= found[seed] for seed in shared) and shared, tool
+        if len(shared) > 1:
+            assert quality.interval([own[s] for s in shared], [found[s] for s in shared])[2] < 0, tool
+
+
+def test_five_seeds_were_compared() -> None:
+    seeds = {data: len(quality.losses(RESULT["runs"], data, "lora_tune")) for data in quality.DATA}
+    assert max(seeds.values()) >= 5, seeds
+
+
+def test_the_interval_is_students() -> None:
+    mean, low, high = quality.interval([1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 2.0, 1.0, 4.0, 3.0])
+    assert mean == pytest.approx(1.0)
+    assert (low, high) == pytest.approx((1 - 2.776 / 5**0.5, 1 + 2.776 / 5**0.5))

@@ -103,8 +103,8 @@ def _read_anew(model: nn.Module) -> None:
 
     for _, module in linear4bit_modules(model):
         read = weight_reader(module)
-        assert read is not None  # as it is for every 4-bit layer
-        module.forward = partial(_forward, module, module.forward, read)
+        if read is not None:
+            module.forward = partial(_forward, module, module.forward, read)
 
 
 def _forward(module: Any, own: Callable[[Tensor], Tensor], read: Callable[[torch.dtype], Tensor], x: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class PartsOptimizer(torch.optim.Optimizer):
         self.leaves_out = False
         self.zero_grad()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, set_to_none: object = None) -> None:
         """Forget the gradients, those of parameters as well that the next backward pass does not come to."""
         self.stage.zero_grad()
         self.stage.grad_partitions_flat_buffer.zero_()

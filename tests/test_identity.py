@@ -86,6 +86,7 @@ CHANGES: dict[str, tuple[tuple[str, ...] | Callable[[], None], set[str]]] = {
     "max_length": (("train.max_length=120",), {"train.max_length"}),
     "packing": (("train.packing=false",), {"train.packing"}),
     "dropout": (("lora.dropout=0.1",), {"lora.dropout"}),
+    "layers not fused": (("train.kernels=off",), {"train.kernels"}),
     "alpha x 4": (("lora.alpha=32",), {"lora.alpha"}),
     "rslora": (("lora.method=rslora",), {"lora.method"}),
     "rank": (("lora.rank=8",), {"lora.rank"}),

@@ -206,7 +206,7 @@ def test_what_stays_in_memory_of_a_row_is_a_hundred_bytes(monkeypatch):
     monkeypatch.setattr(store, "_IN_MEMORY_BYTES", 1)
     monkeypatch.setattr(kept_conversations, "WORTH_ROWS", 1 << 40)
     kept = []
-    for count in (1500, 4500):
+    for count in (600, 1800):
         data = [DataSource(source=write(f"{count}.jsonl", count))]
         read_conversations(data, hold_out=0, seed=1)
         tracemalloc.start()
@@ -214,7 +214,7 @@ def test_what_stays_in_memory_of_a_row_is_a_hundred_bytes(monkeypatch):
         kept.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
         assert len(found.train) == count - 10
-    assert (kept[1] - kept[0]) / 3000 < 100
+    assert (kept[1] - kept[0]) / 1200 < 100
 
 
 def test_packing_takes_some_bytes_a_document():

@@ -124,7 +124,11 @@ def main() -> None:
     parser.add_argument(
         "--shape", choices=["embedded", *sorted(SHAPES)], default="1b", help="embedded: that base alone"
     )
-    parser.add_argument("--folder", type=Path, help="where base and adapter are made and kept for another run; a temporary folder by default")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where base and adapter are made and kept for another run; a temporary folder by default",
+    )
     arguments = parser.parse_args()
     if arguments.shape == "embedded":
         with tempfile.TemporaryDirectory() as scratch:

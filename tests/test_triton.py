@@ -344,7 +344,7 @@ def test_a_step_of_our_functions_over_four_bits(monkeypatch: pytest.MonkeyPatch)
         both = [factor for name in ("gate", "up", "down") for factor in factors[name]]
         mlp = GatedMlp.apply(turned, [frozen[name] for name in ("gate", "up", "down")], torch.float32, "silu", *both)
         predicts = torch.tensor([0, 3, 5, 17], device=DEVICE)
-        loss = SummedLoss.apply(x + mlp, Head(head), predicts, predicts * 7, torch.float32, True)
+        loss = SummedLoss.apply(x + mlp, Head(head), predicts, predicts * 7, torch.float32, "gradient")
         loss.backward()
         gradients = [leaf.grad for leaf in (x, *(factor for pair in factors.values() for factor in pair))]
         return [loss.detach(), *(gradient.clone() for gradient in gradients if gradient is not None)]

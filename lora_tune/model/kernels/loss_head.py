@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -35,11 +35,11 @@ class Head:
 
 
 class SummedLoss(torch.autograd.Function):
-    """`SummedLoss.apply(hidden, head, predicts, targets, dtype, gradient)`: cross-entropy (nats, float32), summed.
+    """`SummedLoss.apply(hidden, head, predicts, targets, dtype, keep)`: cross-entropy (nats, float32), summed.
 
     `hidden` (B, T, h) are the inputs of the head, `predicts` (N) the positions in its B·T tokens that are trained,
     `targets` (N) the tokens that follow them. Products are computed in `dtype`. The gradient of `hidden` is ready
-    when the forward pass ends, where `gradient` says that it will be asked for.
+    when the forward pass ends; `keep` says whether it will be asked for.
     """
 
     @staticmethod
@@ -50,7 +50,7 @@ class SummedLoss(torch.autograd.Function):
         predicts_N: torch.Tensor,
         targets_N: torch.Tensor,
         dtype: torch.dtype,
-        gradient: bool,
+        keep: Literal["gradient", "nothing"],
     ) -> torch.Tensor:
         """The sum over the trained tokens."""
         with torch.autocast(hidden_BTH.device.type, enabled=False):
@@ -68,10 +68,10 @@ class SummedLoss(torch.autograd.Function):
                 d_NV = logits_NV.float() if lift > 1 else logits_NV
                 losses_N = choice.loss_tile(d_NV, targets_N[tile], softcap=head.softcap, multiplier=head.multiplier)
                 total += losses_N.sum()
-                if gradient:
+                if keep == "gradient":
                     scaled_NV = d_NV.mul_(lift).to(dtype) if lift > 1 else d_NV
                     torch.mm(scaled_NV, weight_VH, out=dx_NH[tile])
-        ctx.save_for_backward(*((dx_NH, predicts_N) if gradient else ()))
+        ctx.save_for_backward(*((dx_NH, predicts_N) if keep == "gradient" else ()))
         ctx.shape, ctx.dtype, ctx.lift = hidden_BTH.shape, hidden_BTH.dtype, lift
         return total
 
@@ -91,8 +91,8 @@ def summed(hidden_BTH: torch.Tensor, head: Head, predicts_N: torch.Tensor, targe
     """
     kind = hidden_BTH.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.layer.weight.dtype
-    gradient = torch.is_grad_enabled() and hidden_BTH.requires_grad
-    return SummedLoss.apply(hidden_BTH, head, predicts_N, targets_N, dtype, gradient)  # type: ignore[no-any-return]
+    keep = "gradient" if torch.is_grad_enabled() and hidden_BTH.requires_grad else "nothing"
+    return SummedLoss.apply(hidden_BTH, head, predicts_N, targets_N, dtype, keep)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

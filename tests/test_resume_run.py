@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -74,12 +75,15 @@ def signal_while(doing: str, number: signal.Signals) -> Iterator[None]:
             time.sleep(0.0005)
 
     thread = threading.Thread(target=watch, daemon=True)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)  # a few rows are checked in less than the usual 5 ms
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
+        sys.setswitchinterval(interval)
 
 
 PHASES = [

@@ -204,11 +204,13 @@ def _load(recipe: Recipe, source: BaseSource, prepared: Prepared, *, trust_remot
             from lora_tune.adapter.load import read_adapter
             from lora_tune.model.attention import use_varlen
             from lora_tune.model.base import checkpoint_layers, load_base
-            from lora_tune.model.methods import attach
+            from lora_tune.model.methods import attach, check_start
             from lora_tune.model.offload import offload_checkpoints
             from lora_tune.training.batches import first_batches
 
         start = read_adapter(Path(recipe.lora.start_from)) if recipe.lora.start_from else None
+        if start:
+            check_start(start, recipe.base)
         place: Literal["device", "memory, to be divided"] = "memory, to be divided" if here().divided else "device"
         base = load_base(source, recipe.base, trust_remote_code=trust_remote_code, place=place)
         batches = first_batches(prepared.train, device=base.device) if recipe.lora.method == "eva" else None
@@ -236,11 +238,15 @@ def _train(
         from lora_tune.training.trainer import build
 
     folder, train, lora, team = Path(recipe.output), recipe.train, recipe.lora, here()
+    attention = str(model.config.get_text_config()._attn_implementation)
+    before = start.found.run["resolved"].get("attention", attention) if start.found else attention
+    if before != attention:
+        messages().print(f"attention: {attention} instead of {before}: from here on numbers differ by rounding")
     facts = RunFacts(
         identity=start.identity,
         allowed=start.allowed,
         resolved=train.model_dump(include=_RESOLVED)
-        | {"reason": planned.reason, "strategy": team.strategy, "processes": team.world},
+        | {"reason": planned.reason, "strategy": team.strategy, "processes": team.world, "attention": attention},
         groups=partial(parameter_groups, model, lora=lora, train=train) if lora.plus_ratio else None,
         sources=[entry.name for entry in prepared.identities],
         display=TrainingDisplay(folder) if team.first else None,

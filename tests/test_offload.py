@@ -11,10 +11,11 @@ import training_kit as kit
 from test_memory import LLAMA_3, plan
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_tune.errors import ResourceError, UsageError
+from lora_tune.errors import RecipeError, ResourceError, UsageError
 from lora_tune.model.base import checkpoint_layers, load_base
 from lora_tune.model.choice import cheapest_changes
 from lora_tune.model.footprint import job_of
+from lora_tune.model.methods import SavedAdapter, check_start
 from lora_tune.model.offload import HostEmbedding, keep_embedding_on_host, offload_checkpoints
 from lora_tune.model.source import find_base
 from lora_tune.model.strategy import conflicts
@@ -155,3 +156,12 @@ def test_a_divided_base_keeps_both_where_they_are(strategy: Any) -> None:
     base, train = Base(name="x", embeddings="cpu"), Train(offload="checkpoints")
     keys = {problem.key for problem in conflicts(strategy, base=base, lora=Lora(), train=train)}
     assert {"base.embeddings", "train.offload"} <= keys
+
+
+@pytest.mark.parametrize("trains", [{"trainable_token_indices": [3]}, {"modules_to_save": ["model.embed_tokens"]}])
+def test_an_adapter_that_trains_the_embedding_is_no_start_where_it_is_kept_frozen(trains: dict[str, Any]) -> None:
+    start = SavedAdapter({"peft_type": "LORA", **trains}, {})
+    with pytest.raises(RecipeError, match="embeddings"):
+        check_start(start, Base(name="x", embeddings="cpu"))
+    check_start(start, Base(name="x"))
+    check_start(SavedAdapter({"peft_type": "LORA"}, {}), Base(name="x", embeddings="cpu"))

@@ -61,6 +61,7 @@ _LIBRARIES = (
     "accelerate",
     "safetensors",
     "tokenizers",
+    "triton",  # where it is, its kernels compute on a GPU: other roundings than PyTorch's
 )
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _TOKENIZER_KEYS = (

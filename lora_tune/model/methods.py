@@ -26,7 +26,7 @@ from lora_tune.model.divided import as_divided, standing, whole
 from lora_tune.model.rate import rate_of
 from lora_tune.model.source import BaseSource, load_tokenizer
 from lora_tune.model.targets import NamedModules, named_modules
-from lora_tune.recipe import Base, Lora, Train
+from lora_tune.recipe import EMBEDDING_NAMES, Base, Lora, Train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -226,6 +226,15 @@ def _initialise_from_inputs(model: PeftModel, batches: Iterable[Mapping[str, tor
         )
     for name, directions in found.items():
         layers[name].lora_A[ADAPTER].weight[: len(directions)].copy_(directions)
+
+
+def check_start(start: SavedAdapter, base: Base) -> None:
+    """Refuse an adapter to go on from that trains what `base.embeddings: cpu` keeps frozen. Raises RecipeError."""
+    kept = start.config.get("modules_to_save") or ()
+    trained = [name for name in kept if name.rpartition(".")[2] in EMBEDDING_NAMES]
+    if base.embeddings == "cpu" and (trained or start.config.get("trainable_token_indices")):
+        reason = "keeps the embedding frozen, but the adapter of lora.start_from trains it"
+        raise RecipeError(Problem(reason, "set it to device", key="base.embeddings"))
 
 
 def _continue(model: PeftModel, start: SavedAdapter) -> None:

@@ -192,7 +192,9 @@ def written(folder: Path, capsys: Printed, *arguments: str, code: int = 0) -> di
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "r.yaml").write_text(RECIPE.replace("org/base", "builtin:quickstart"))
+    (tmp_path / "recipes" / "r.yaml").write_text(
+        RECIPE.replace("org/base", "builtin:quickstart") + "train: {batch_size: 8}\n"
+    )
     return tmp_path
 
 

@@ -172,7 +172,7 @@ def test_each_run_gets_a_card(here: Path, capsys: Printed, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--set", f"{RATE}=1e-4,fast"], "must be a number, got text 'fast'"),
+        (["--set", f"{RATE}=1e-4,fast"], "must be a number above 0 or auto, got text 'fast'"),
         (["--set", "lora.rnk=8"], "unknown key"),
         (["--set", "lora.rank=8", "lora.rank=4"], "overridden twice"),
         (["--set", "lora.rank=8", "--set", "lora.rank=4"], "set twice"),

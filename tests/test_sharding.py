@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,12 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_kit import adapter
 
 from benchmarks.model_configs import CONFIGS
-from lora_tune.model.divided import divide
+from lora_tune.model.base import linear4bit_modules
+from lora_tune.model.divided import divide, move_buffers
 from lora_tune.model.footprint import Choice, Job, job_of, parts_gib
 from lora_tune.model.scaling import exchanged
 from lora_tune.model.sharding import gathered_units, held_adapter, held_base
 from lora_tune.model.strategy import Layout
+from lora_tune.model.zero3 import PartsOptimizer
 from lora_tune.recipe import Base, Lora, Train
+from lora_tune.training.state import OptimizerState, read_optimizer, write_optimizer
 from lora_tune.training.team import Team
 
 LORA = Lora(rank=4, alpha=8.0)
@@ -184,3 +188,27 @@ if __name__ == "__main__":  # one of two real processes
     print(json.dumps({"bytes": sent.bytes, "calls": sent.calls, "held": held}), flush=True)
     dist.barrier()
     os._exit(0)
+
+
+def test_the_scales_of_4_bit_weights_come_along_to_the_card(tiny_base: Path) -> None:
+    """They are no buffers, and what divides a weight under zero3 moves its bytes alone."""
+    model = adapter(tiny_base, base=Base(name=str(tiny_base), quantize="nf4", compute_dtype="float32"))
+    move_buffers(model, torch.device("meta"))
+    states = [module.weight.quant_state for _, module in linear4bit_modules(model)]
+    assert states and {state.absmax.device.type for state in states} == {"meta"}
+    assert {state.state2.absmax.device.type for state in states} == {state.offset.device.type for state in states}
+
+
+def test_an_optimizer_of_parts_gets_its_step_count_on_the_card(tmp_path: Path) -> None:
+    """A fused AdamW counts there; what a checkpoint holds is read into the machine's memory."""
+    flat, parameter = torch.empty(4, device="meta"), torch.nn.Parameter(torch.empty(0, device="meta"))
+    parameter.ds_shape = torch.Size([3])  # type: ignore[attr-defined]
+    parts: Any = PartsOptimizer(None, torch.optim.SGD([parameter]), [{"params": [parameter]}])
+    parts._place = lambda _: (flat, 0)
+    parts.state = defaultdict(dict)
+    groups = [{"count": 1}]
+    held = OptimizerState({"0.step": torch.tensor(4.0)}, {"groups": groups, "numbers": {}, "on_cpu": []})
+    paths = {"tensors": tmp_path / "o.safetensors", "text": tmp_path / "o.json"}
+    write_optimizer(held, **paths)
+    read_optimizer(parts, **paths)
+    assert parts.state[flat]["step"].device.type == "meta"

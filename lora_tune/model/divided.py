@@ -46,10 +46,16 @@ def divide(model: nn.Module, *, device: torch.device) -> int:
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Bring what is not divided to the device."""
+    """Bring what is not divided to the device: buffers, and the scales of 4-bit weights, which are no buffers."""
+    from lora_tune.model.base import linear4bit_modules
+
     for name, buffer in [(name, buffer) for name, buffer in model.named_buffers() if buffer.device != device]:
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, buffer.to(device))
+    for _, module in linear4bit_modules(model):
+        for holder in (module, module.weight):
+            if getattr(holder, "quant_state", None) is not None:
+                holder.quant_state.to(device)
 
 
 @contextmanager

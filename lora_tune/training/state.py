@@ -197,7 +197,7 @@ def read_optimizer(optimizer: torch.optim.Optimizer, *, tensors: Path, text: Pat
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
         if parts is not None:
-            parts.take_state(parameter, name, tensor)
+            parts.take_state(parameter, name, tensor if key in on_cpu else tensor.to(parameter.device))
         else:
             optimizer.state[parameter][name] = tensor if key in on_cpu else as_divided(tensor, parameter)
     for index, values in stored["numbers"].items() if parts is None else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,14 @@ def test_a_training_with_compiled_layers_has_the_losses_of_a_plain_one(
         trainer.train()
         found.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_a_gpu_without_a_c_compiler_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton builds the code that starts its kernels with it, at the first step."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UsageError, match="no C compiler"):
+        compiled._can_compile(torch.device("cuda"))
+    monkeypatch.setenv("CC", "/opt/cc")
+    compiled._can_compile(torch.device("cuda"))

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_tune.model.base import load_base
+from lora_tune.model.kernels import readiness
 from lora_tune.model.kernels.choice import Activation
 from lora_tune.model.kernels.fuse import ACTIVATIONS, Fused, fuse
 from lora_tune.model.kernels.projections import Frozen, GatedMlp, Projections
@@ -374,3 +375,12 @@ def test_the_gated_norms_of_real_architectures_keep_their_path() -> None:
 
     model = nn.ModuleList([BambaRMSNormGated(48, 48), Qwen3NextRMSNormGated(48)]).requires_grad_(False)
     assert fuse(model).norms == 0
+
+
+def test_a_kernel_is_tried_outside_of_the_autocast_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first norm of a step is called under it, and what it is compared with must have its own dtype."""
+    ones, cpu = torch.ones(2, 2), torch.device("cpu")
+    monkeypatch.setitem(readiness.CHECKS, "product", lambda device, dtype: [(torch.full((2, 2), 2.0), ones @ ones)])
+    pytest.importorskip("triton")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert readiness._tried("product", cpu, torch.float32) == ""

@@ -9,6 +9,7 @@ varlen` and packing every batch has one shape.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from lora_tune.errors import UsageError
 from lora_tune.model import attention
 
 _COMPILERS = ("g++", "c++", "clang++")
+_C_COMPILERS = ("gcc", "clang")  # that Triton looks for where CC names none
 
 
 def compile_layers(model: nn.Module, *, backend: str = "inductor") -> int:
@@ -66,7 +68,9 @@ def on_forward(layer: Any, compiled: Callable[..., Any], *inputs: Any, **given: 
 
 def _can_compile(device: torch.device) -> None:
     if device.type == "cuda":
-        missing = "" if importlib.util.find_spec("triton") else "Triton is not installed"
+        builds = "CC" in os.environ or any(shutil.which(name) for name in _C_COMPILERS)
+        missing = "" if builds else "there is no C compiler, which Triton needs"
+        missing = missing if importlib.util.find_spec("triton") else "Triton is not installed"
     else:
         missing = "" if any(shutil.which(name) for name in _COMPILERS) else "there is no C++ compiler"
     if missing:

@@ -193,6 +193,126 @@ def test_a_full_disk_is_no_reason_to_stop(monkeypatch, passes):
     assert len(passes) == 2 and not list(Path("cache").rglob("*.tmp"))
 
 
+def test_a_cache_that_is_denied_is_no_reason_to_stop(own_cache):
+    own_cache.mkdir()
+    for kind in ("conversations", "overlap"):
+        (own_cache / kind).write_text("no folder")
+    found = read_conversations([DataSource(source=write("a.jsonl"))], hold_out="10%", seed=1)
+    assert len(found.train) + len(found.held_out) == 60
+    assert overlap.known_overlap(found.train, found.held_out).rows == len(found.held_out)
+
+
+def test_where_the_disk_is_full_other_entries_go_before_the_run_stops(own_cache, monkeypatch):
+    def filled(kind, size):
+        with cache.entry(kind, "0") as path:
+            cache.write_entry(path, lambda temporary: {"size": temporary.write_bytes(bytes(size))})
+        return path
+
+    def full(path, write):
+        if old.exists():
+            raise OSError(28, "No space left on device")
+        return written(path, write)
+
+    old, written = filled("conversations", 10), cache._written
+    monkeypatch.setattr(cache, "_written", full)
+    assert filled("tokens", 20).stat().st_size == 20 and not old.exists()
+
+
+def test_what_another_process_is_about_to_open_stays(own_cache, monkeypatch):
+    monkeypatch.setattr(cache, "_KEPT_BYTES", 0)
+    for key in ("held", "free", "new"):
+        with cache.entry("tokens", key) as path:
+            cache._written(path, lambda temporary: {"size": temporary.write_bytes(b"x")})
+            if key == "held":
+                lock = cache.FileLock(path.with_suffix(".lock"))
+        if key == "held":
+            lock.acquire()
+    assert {path.stem for path in own_cache.rglob("*.arrow")} == {"held", "new"}
+    lock.release()
+
+
+def test_nobody_else_may_read_what_is_kept(chat, own_cache):
+    (own_cache / "tokens").mkdir(parents=True, mode=0o755)
+    before = os.umask(0o022)
+    try:
+        as_values(*prepare(chat, [DataSource(source=write("a.jsonl"))]))
+    finally:
+        os.umask(before)
+    for kind in cache.KINDS:
+        assert (own_cache / kind).stat().st_mode & 0o777 == 0o700
+    kept = [path for path in own_cache.rglob("*.*") if path.suffix in (".arrow", ".json")]
+    assert len(kept) == 10 and {path.stat().st_mode & 0o777 for path in kept} == {0o600}
+
+
+def test_a_link_in_the_place_of_an_entry_is_not_followed(own_cache):
+    Path("other").write_text("mine")
+    with cache.entry("tokens", "0") as path:
+        path.with_suffix(f".{os.getpid()}.tmp").symlink_to(Path("other").absolute())
+        cache.write_entry(path, lambda temporary: {"size": temporary.write_bytes(b"x")})
+    assert Path("other").read_text() == "mine" and not path.is_symlink()
+
+
+def test_a_note_whose_numbers_changed_is_damage(passes, own_cache):
+    data = [DataSource(source=write("a.jsonl"))]
+    first = read_conversations(data, hold_out=0, seed=1)
+    (note,) = (own_cache / "conversations").glob("*.json")
+    note.write_text(note.read_text().replace('"read": 60', '"read": 68'))
+    assert asdict(read_conversations(data, hold_out=0, seed=1).ledger) == asdict(first.ledger) and len(passes) == 2
+
+
+def test_a_pipe_is_not_read_to_look_for_it():
+    os.mkfifo("pipe.jsonl")
+    reader = os.open("pipe.jsonl", os.O_RDONLY | os.O_NONBLOCK)
+    with open("pipe.jsonl", "wb", buffering=0) as pipe:
+        pipe.write(b"{}\n")
+    source = kept_conversations.Source("pipe", files=(Path("pipe.jsonl"), Path("none")))
+    assert kept_conversations.key_of([source], [], data=[]) is None
+    assert os.read(reader, 9) == b"{}\n"
+    os.close(reader)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_two_bases_that_differ_in_their_eos_alone_share_no_token_rows(tiny_base):
+    """As base and chat models of one family do: texts without turns end in the eos that the tokenizer came with."""
+    from transformers import AutoTokenizer
+
+    from lora_tune.data.chat_template import load_chat_template
+    from lora_tune.data.conversation import Conversation
+    from lora_tune.data.token_file import encoder_fingerprint
+
+    rows, fingerprints = [], set()
+    for eos in ("<|im_end|>", "<|endoftext|>"):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_base, eos_token=eos, pad_token="<|endoftext|>")
+        chat = load_chat_template(tokenizer, template=TEMPLATE)
+        fingerprints.add(encoder_fingerprint(chat))
+        rows.append(chat.rows([Conversation(text="a text")], loss_on="assistant")[0][0].input_ids.tolist())
+        assert tokenizer.eos_token == "<|im_end|>"
+    assert rows[0] != rows[1] and len(fingerprints) == 2
+
+
+def test_rows_with_the_date_of_a_template_for_tools_are_of_one_day(tiny_base, monkeypatch):
+    from transformers import AutoTokenizer
+
+    from lora_tune.data import token_file
+    from lora_tune.data.chat_template import load_chat_template
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.chat_template = {
+        "default": TEMPLATE,
+        "tool_use": "{{ strftime_now('%d %b %Y') }}\n{% for tool in tools or [] %}{{ tool }}{% endfor %}" + TEMPLATE,
+    }
+    chat, found = load_chat_template(tokenizer), set()
+    for day in ("2026-01-01", "2026-01-02"):
+        monkeypatch.setattr(token_file, "date", type("Day", (), {"today": lambda day=day: day}))
+        found.add(token_file.encoder_fingerprint(chat))
+    assert len(found) == 2
+
+
 def test_the_cache_stays_within_its_size(chat, monkeypatch, own_cache):
     monkeypatch.setattr(cache, "_KEPT_BYTES", 60_000)
     for number in range(6):

@@ -5,9 +5,10 @@
     packed/          the packed sequences of an epoch                 (pipeline.py)
     overlap/         passages that both sides share                   (overlap.py)
 
-An entry is a file and beside it a JSON note with the file's sha256: damage is found before anything is used, and the
+An entry is a file and beside it a JSON note with the sha256 of both: damage is found before anything is used, and the
 entry is made again. `LORA_TUNE_CACHE` names another folder than the user's cache folder; all of it may be deleted at
-any time. It holds 8 GiB at most, entries that were not used for longest go first.
+any time. It holds 8 GiB at most, entries that were not used for longest go first. Rows may hold secrets: nobody but the
+user may read them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def cache_folder() -> Path:
 def entry(kind: Kind, key: str) -> Iterator[Path]:
     """The path of an entry, while no other process reads or writes it."""
     folder = cache_folder() / kind
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_mode & 0o077:  # made by an earlier version
+        with suppress(OSError):
+            folder.chmod(0o700)
     path = folder / f"{key}.arrow"
     with FileLock(path.with_suffix(".lock")):
         yield path
@@ -54,7 +58,10 @@ def entry(kind: Kind, key: str) -> Iterator[Path]:
 def valid_note(path: Path) -> dict[str, Any] | None:
     """The note of a whole entry, which counts as used now; None where it is missing, damaged, or was not finished."""
     try:
-        note = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        note = stored["note"]
+        if _note_sha256(note) != stored["sha256"]:
+            return None
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != note["sha256"]:
                 return None
@@ -67,33 +74,57 @@ def valid_note(path: Path) -> dict[str, Any] | None:
 def write_entry(path: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Let `write` make the file and give its note; it appears when it is complete, its note after that.
 
-    Raises: ResourceError where the disk is full.
+    Where the disk is full, all other entries go first. Raises: ResourceError where it is full even then.
     """
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        note = write(temporary)
-        with open(temporary, "rb") as file:
-            note["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        path.with_suffix(".json").unlink(missing_ok=True)
-        temporary.replace(path)
-        temporary.write_text(json.dumps(note), encoding="utf-8")
-        temporary.replace(path.with_suffix(".json"))
+        return _written(path, write)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+    _make_room(path.parent.parent, keep=path, most=0)
+    try:
+        return _written(path, write)
     except OSError as error:
         if error.errno not in FULL:
             raise
         fix = "make room, or name another folder with LORA_TUNE_CACHE"
         raise ResourceError(f"prepared rows cannot be kept: {disk_text(error, path.parent)}", fix) from None
+
+
+def private_file(path: Path) -> None:
+    """An empty file that nobody else may read, instead of whatever is there. Raises: OSError."""
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
+def _note_sha256(note: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(note).encode()).hexdigest()
+
+
+def _written(path: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """As `write_entry`, once. Raises: OSError."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        private_file(temporary)
+        note = write(temporary)
+        with open(temporary, "rb") as file:
+            note["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        path.with_suffix(".json").unlink(missing_ok=True)
+        temporary.replace(path)
+        private_file(temporary)
+        temporary.write_text(json.dumps({"note": note, "sha256": _note_sha256(note)}), encoding="utf-8")
+        temporary.replace(path.with_suffix(".json"))
     finally:
         temporary.unlink(missing_ok=True)  # of a run that was stopped
     _remove_unfinished(path.parent)
-    _make_room(path.parent.parent, keep=path)
+    _make_room(path.parent.parent, keep=path, most=_KEPT_BYTES)
     return note
 
 
 def keep_if_there_is_room(path: Path, write: Callable[[Path], dict[str, Any]]) -> None:
     """As `write_entry`, for what is kept for speed alone: where the disk is full, or denies it, it is not kept."""
-    with suppress(OSError, ResourceError):
-        write_entry(path, write)
+    with suppress(OSError):
+        _written(path, write)
 
 
 @cache
@@ -108,22 +139,25 @@ def code_sha256() -> str:
 def _remove_unfinished(folder: Path) -> None:
     """Delete what killed processes left half-written: nobody holds the lock of its entry."""
     for left in folder.glob("*.tmp"):
-        with suppress(Timeout), FileLock(folder / f"{left.name.partition('.')[0]}.lock", timeout=0):
+        with suppress(OSError, Timeout), FileLock(folder / f"{left.name.partition('.')[0]}.lock", timeout=0):
             left.unlink(missing_ok=True)
 
 
-def _make_room(folder: Path, *, keep: Path) -> None:
-    """Delete the entries that were not used for longest until the cache is small enough."""
+def _make_room(folder: Path, *, keep: Path, most: int) -> None:
+    """Delete what was not used for longest until `most` bytes stay; no entry that a process is about to open."""
     found = []
     for path in (path for kind in KINDS for path in (folder / kind).glob("*.arrow")):
-        with suppress(FileNotFoundError):  # another process was faster
+        with suppress(OSError):  # another process was faster
             state = path.stat()
             found.append((state.st_mtime, state.st_size, path))
     used = sum(size for _, size, _ in found)
     for _, size, path in sorted(found):
-        if used <= _KEPT_BYTES:
+        if used <= most:
             return
-        if path != keep:
-            used -= size
-            for suffix in (".json", ".arrow", ".lock"):
+        if path == keep:
+            continue
+        with suppress(OSError, Timeout), FileLock(path.with_suffix(".lock"), timeout=0):
+            for suffix in (".json", ".arrow"):
                 path.with_suffix(suffix).unlink(missing_ok=True)
+            used -= size
+            path.with_suffix(".lock").unlink(missing_ok=True)

@@ -78,6 +78,7 @@ class ChatTemplate:
         self._tool_text: str = tokenizer.get_chat_template(None, [{}])
         both = self.text if self._tool_text == self.text else f"{self.text}\0{self._tool_text}"
         self.sha256 = hashlib.sha256(both.encode("utf-8", "surrogatepass")).hexdigest()
+        self.writes_date = "strftime_now" in both
         self.is_default = is_default
         self.notices = probe.notices
         self._lead = probe.lead
@@ -108,6 +109,11 @@ class ChatTemplate:
                 found.append(entry if isinstance(entry, RowError) else self._encode(conversation, entry, loss_on))
             self._encoder.forget()
         return found
+
+    @property
+    def ends(self) -> str:
+        """The tokens at the ends of rows; the eos that the tokenizer had is in none of its settings after `align`."""
+        return f"{self._bos_id} {self._own_eos_id} {self.stop_ids}"
 
     def prompt_ids(self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """What the model is fed before it answers: the turns so far and the generation prompt.

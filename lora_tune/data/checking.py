@@ -75,7 +75,7 @@ class _Wanted:
 
     def key(self, sources: Sequence[Source]) -> str | None:
         """Under which what is read from these sources is kept; None where it is not."""
-        files = [(prompts.file.sha256, prompts.prefix) for _, prompts in sorted(self.prompts.items())]
+        files = [(prompts.file, prompts.prefix) for _, prompts in sorted(self.prompts.items())]
         data = [*self.data, *([self.from_file] if self.from_file else [])]
         return key_of(sources, [files, self.apart, self.seed], data=data)
 

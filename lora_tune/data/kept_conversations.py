@@ -11,6 +11,7 @@ import json
 import platform
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,22 +48,28 @@ def key_of(sources: Iterable[Source], facts: Sequence[object], *, data: Sequence
             return None
         try:
             for path in source.files:
+                if not path.is_file():
+                    return None  # a pipe gives its content once
                 with open(path, "rb") as file:
                     files.append((source.name, shown_path(path), hashlib.file_digest(file, "sha256").hexdigest()))
         except OSError:
             return None  # reading says it
     asked = [entry_.model_dump(mode="json") for entry_ in data]
-    parts = (code_sha256(), platform.python_version(), version("jinja2"), json.dumps([files, asked]), repr(facts))
+    versions = (platform.python_version(), *map(version, ("jinja2", "numpy", "pyarrow")))
+    parts = (code_sha256(), *versions, json.dumps([files, asked]), repr(facts))
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:40]
 
 
 def kept(key: str, data: tuple[DataSource, ...]) -> Conversations | None:
-    """What was kept under a key; None where there is nothing, or it is damaged."""
-    with entry("conversations", key) as path:
-        note = valid_note(path)
-        if note is None:
-            return None
-        file = open(path, "rb")  # noqa: SIM115  (the store reads from it as long as it lives)
+    """What was kept under a key; None where there is nothing, it is damaged, or the disk denies it."""
+    try:
+        with entry("conversations", key) as path:
+            note = valid_note(path)
+            if note is None:
+                return None
+            file = open(path, "rb")  # noqa: SIM115  (the store reads from it as long as it lives)
+    except OSError:
+        return None
     sides = [np.frombuffer(file.read(8 * note[side]), dtype=np.int64) for side in ("train", "held_out")]
     store = ConversationStore.read(file, note["store"])
     weakref.finalize(store, file.close)
@@ -92,7 +99,7 @@ def keep(key: str, found: Conversations) -> None:
             "has_tools": found.has_tools,
         }
 
-    with entry("conversations", key) as path:
+    with suppress(OSError), entry("conversations", key) as path:
         keep_if_there_is_room(path, write)
 
 

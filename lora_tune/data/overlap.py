@@ -15,6 +15,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -123,18 +124,20 @@ def known_overlap(train: StoredConversations, evaluated: StoredConversations) ->
     if len(train) < WORTH_ROWS:
         return overlap(train, evaluated)
     parts = (code_sha256(), train.content_sha256(), evaluated.content_sha256())
-    with entry("overlap", hashlib.sha256(" ".join(parts).encode()).hexdigest()[:40]) as path:
+    key = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:40]
+    with suppress(OSError), entry("overlap", key) as path:
         if valid_note(path) is not None:
             stored = json.loads(path.read_text(encoding="utf-8"))
             return Overlap(**{**stored, "worst": tuple(SharedRow(**row) for row in stored["worst"])})
-        found = overlap(train, evaluated)
+    found = overlap(train, evaluated)
 
-        def write(temporary: Path) -> dict[str, Any]:
-            temporary.write_text(json.dumps(asdict(found)), encoding="utf-8")
-            return {}
+    def write(temporary: Path) -> dict[str, Any]:
+        temporary.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        return {}
 
+    with suppress(OSError), entry("overlap", key) as path:
         keep_if_there_is_room(path, write)
-        return found
+    return found
 
 
 def trained_sources(evaluated: Sequence[SourceIdentity], trained: Mapping[str, str]) -> list[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,9 @@ import pyarrow as pa
 from lora_tune.data.cache import (
     LARGEST_BYTES,
     WORTH_ROWS,
-    cache_folder,
     code_sha256,
     entry,
+    private_file,
     valid_note,
     write_entry,
 )
@@ -57,15 +57,14 @@ def packed_file(
         with entry("packed", _key(sequences, pieces, rows, places)) as path:
             note = valid_note(path) or write_entry(path, write)
             return as_dataset(_mapped(path), fingerprint=note["fingerprint"])
-    folder = cache_folder() / "packed"
-    folder.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".arrow", delete=False) as file:
-        path = Path(file.name)
-    try:
-        note = write(path)
-        table = _mapped(path)
-    finally:
-        path.unlink(missing_ok=True)  # also where the run is stopped
+    with entry("packed", f"of-{os.getpid()}") as path:  # locked, so that no other process makes room with it
+        try:
+            private_file(path)
+            note = write(path)
+            table = _mapped(path)
+        finally:
+            for suffix in (".arrow", ".lock"):
+                path.with_suffix(suffix).unlink(missing_ok=True)  # also where the run is stopped
     return as_dataset(table, fingerprint=note["fingerprint"])
 
 

@@ -114,8 +114,9 @@ def encoder_fingerprint(chat: ChatTemplate) -> str:
     vocabulary = (
         tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(sorted(tokenizer.get_vocab().items()))
     )
-    day = str(date.today()) if "strftime_now" in chat.text else ""
-    parts = (chat.sha256, version("transformers"), version("tokenizers"), day, vocabulary, code_sha256())
+    day = str(date.today()) if chat.writes_date else ""
+    versions = " ".join(map(version, ("transformers", "tokenizers", "jinja2")))
+    parts = (chat.sha256, chat.ends, versions, day, vocabulary, code_sha256())
     for part in (*(text.encode() for text in parts), str(tokenizer.special_tokens_map).encode()):
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()

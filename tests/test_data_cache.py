@@ -218,6 +218,19 @@ def test_where_the_disk_is_full_other_entries_go_before_the_run_stops(own_cache,
     assert filled("tokens", 20).stat().st_size == 20 and not old.exists()
 
 
+def test_rows_of_this_process_alone_get_the_room_of_other_entries(chat, own_cache, monkeypatch):
+    def full(*given):
+        if any((own_cache / "conversations").glob("*.arrow")):
+            raise OSError(28, "No space left on device")
+        return written(*given)
+
+    monkeypatch.setattr(packed_file, "WORTH_ROWS", 1000)
+    written = packed_file._write
+    monkeypatch.setattr(packed_file, "_write", full)
+    assert len(prepare(chat, [DataSource(source=write("a.jsonl"))])[1].train)
+    assert not list((own_cache / "packed").iterdir())
+
+
 def test_what_another_process_is_about_to_open_stays(own_cache, monkeypatch):
     monkeypatch.setattr(cache, "_KEPT_BYTES", 0)
     for key in ("held", "free", "new"):

@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,14 +76,22 @@ def write_entry(path: Path, write: Callable[[Path], dict[str, Any]]) -> dict[str
 
     Where the disk is full, all other entries go first. Raises: ResourceError where it is full even then.
     """
+    return with_room(path, partial(_written, path, write))
+
+
+def with_room(path: Path, write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `write` gives, which writes the entry `path`: tried again without all other entries where the disk is full.
+
+    Raises: ResourceError where it is full even then.
+    """
     try:
-        return _written(path, write)
+        return write()
     except OSError as error:
         if error.errno not in FULL:
             raise
     _make_room(path.parent.parent, keep=path, most=0)
     try:
-        return _written(path, write)
+        return write()
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from lora_tune.data.cache import (
     entry,
     private_file,
     valid_note,
+    with_room,
     write_entry,
 )
 from lora_tune.data.fit import Pieces
@@ -60,7 +62,7 @@ def packed_file(
     with entry("packed", f"of-{os.getpid()}") as path:  # locked, so that no other process makes room with it
         try:
             private_file(path)
-            note = write(path)
+            note = with_room(path, partial(write, path))
             table = _mapped(path)
         finally:
             for suffix in (".arrow", ".lock"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any, Literal
 
 import pytest
@@ -375,6 +376,19 @@ def test_the_gated_norms_of_real_architectures_keep_their_path() -> None:
 
     model = nn.ModuleList([BambaRMSNormGated(48, 48), Qwen3NextRMSNormGated(48)]).requires_grad_(False)
     assert fuse(model).norms == 0
+
+
+def test_a_pass_that_ended_between_queries_and_keys_holds_no_memory_during_the_next() -> None:
+    """Out of memory there: the step is repeated with a smaller micro-batch, beside the graph of what failed."""
+    model = adapted("qwen3")
+    fuse(model)
+    first, second = (layer.self_attn.q_proj for layer in model.get_base_model().model.layers)
+    x = torch.randn(2, 5, 48, requires_grad=True)
+    held = weakref.ref(x)
+    first(x)
+    del x
+    second(torch.randn(2, 5, 48, requires_grad=True))
+    assert held() is None
 
 
 def test_a_kernel_is_tried_outside_of_the_autocast_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from lora_tune.model.kernels.rms_norm import RmsNorm
 from lora_tune.model.kernels.rotary import rotating
 
 QKV = ("q_proj", "k_proj", "v_proj")
+_WHO = -1  # of what is handed out, beside 0 for the input, 1 and 2 for keys and values
 MLPS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))  # the last one of each has the output
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
 _SAME = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of what a structure computes, relative
@@ -39,6 +40,7 @@ class Fused:
     rotations: int = 0
     left: Counter[str] = field(default_factory=Counter)
     restore: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    handed: dict[int, Any] = field(default_factory=dict, repr=False)  # of one attention: who, its input, keys, values
 
     def undo(self) -> None:
         """Give every layer its own forward pass again."""
@@ -183,8 +185,12 @@ def _fuse_linear(layer: Any, fused: Fused) -> None:
 
 
 def _fuse_qkv(layers: list[Any], fused: Fused) -> None:
-    """The first projection computes all three; the other two hand out their part if they are given the same input."""
-    kept: dict[int, Any] = {}
+    """The first projection computes all three; the other two hand out their part if they are given the same input.
+
+    What waits for the other two is that of one layer of the model: a pass that memory ended between them leaves
+    nothing behind but until the next one begins.
+    """
+    kept = fused.handed
     own, parts = [layer.forward for layer in layers], [_plain(layer) for layer in layers]
 
     def first(x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
@@ -192,15 +198,16 @@ def _fuse_qkv(layers: list[Any], fused: Fused) -> None:
         if not _now(parts, adapter_names):
             return _given(own[0], x, adapter_names)
         outputs = _project(x, parts)
-        kept.update({0: x, 1: outputs[1], 2: outputs[2]})
+        kept.update({_WHO: parts, 0: x, 1: outputs[1], 2: outputs[2]})
         return outputs[0]
 
     def other(number: int) -> Callable[..., Any]:
         def forward(x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
-            if number not in kept or not _now(parts, adapter_names) or kept[0] is not x:
+            known = number in kept and kept[_WHO] is parts and kept[0] is x
+            if not known or not _now(parts, adapter_names):
                 return _given(own[number], x, adapter_names)
             found: torch.Tensor = kept.pop(number)
-            if len(kept) == 1:
+            if len(kept) == 2:
                 kept.clear()  # the input is not held longer than needed
             return found
 

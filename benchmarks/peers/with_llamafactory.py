@@ -32,7 +32,8 @@ def main() -> None:
     four_bit = {"quantization_bit": 4, "quantization_type": "nf4", "double_quantization": True}
     asked = {
         "stage": "sft", "do_train": True, "model_name_or_path": str(folder / "base"), "finetuning_type": "lora",
-        "template": "empty", "dataset": "rows", "tokenized_path": str(place / "rows"), "output_dir": str(place / "out"),
+        "template": "empty", "dataset": "rows", "tokenized_path": str(place / "rows"),
+        "output_dir": str(place / "out"), "overwrite_output_dir": True,  # there is one for each number of threads
         "cutoff_len": job.length, "lora_rank": job.rank, "lora_alpha": job.alpha, "lora_dropout": 0.0,
         "lora_target": ",".join(TARGETS), "disable_gradient_checkpointing": job.recompute == "none",
         "disable_shuffling": True,

@@ -14,6 +14,7 @@ import training_kit as kit
 from transformers import TrainerCallback
 
 from lora_tune.errors import ResourceError
+from lora_tune.model.kernels import choice
 from lora_tune.recipe import Lora, Train
 from lora_tune.training import checkpoint
 from lora_tune.training.evaluations import Evaluation
@@ -241,3 +242,11 @@ def test_where_the_message_says_nothing_the_amount_is_left_out() -> None:
         raise MemoryError
     except MemoryError as error:
         assert str(shortage_of(error, head=head)) == "activations of the layers"
+
+
+def test_a_repeated_step_begins_without_the_buffers_of_kernels(tiny_base: Path, tmp_path: Path) -> None:
+    trainer = make(tiny_base, tmp_path)
+    place = (torch.device("cpu"), torch.float32, 0)
+    choice._BUFFERS[place] = torch.empty(1)
+    trainer.forget_gradients()
+    assert place not in choice._BUFFERS

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_tune.errors import Problem, ResourceError
+from lora_tune.model.kernels.choice import free_buffers
 from lora_tune.training import state
 from lora_tune.training.resume import ResumableTrainer
 
@@ -199,8 +200,9 @@ class ReplanningTrainer(ResumableTrainer):
         state.set_random_state(self._step_random)
 
     def forget_gradients(self) -> None:
-        """No parameter has a gradient, and what the allocator keeps in hand is given back."""
+        """No parameter has a gradient, and what the allocator and the kernels keep in hand is given back."""
         self.model.zero_grad(set_to_none=True)
+        free_buffers()
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from lora_tune.model.attention import use_varlen
 from lora_tune.model.base import checkpoint_layers
 from lora_tune.model.kernels.fuse import fuse
 from lora_tune.model.methods import attach, cast_inputs
@@ -81,11 +82,13 @@ def saved_bytes(
     quantize: Literal["nf4", "none"] = "none",
     checkpointed: Literal["all", "none"] | int = "none",
     kernels: Literal["auto", "off"] = "auto",
+    attention: Literal["sdpa", "varlen"] = "sdpa",
 ) -> int:
     """Bytes that the decoder of this config keeps for the backward pass of one row of documents.
 
-    bfloat16 runs as training does: autocast over float32 adapters. Weights, and autocast's copies of adapter weights,
-    do not count; of layers that are checkpointed their inputs do.
+    With `varlen` attention is told their lengths (`model/attention.py`). bfloat16 runs as training does: autocast over
+    float32 adapters. Weights, and autocast's copies of adapter weights, do not count; of layers that are checkpointed
+    their inputs do.
     """
     torch.manual_seed(0)
     settings = AutoConfig.for_model(**dict(config))
@@ -101,6 +104,8 @@ def saved_bytes(
     source = BaseSource(name="x", kind="local", folder=Path(), revision=None, config=settings.to_dict())
     base = Base(name="x", quantize="none", compute_dtype=dtype)
     adapted: Any = attach(model.requires_grad_(False), lora, source=source, base=base, seed=0).train()
+    if attention == "varlen" and (why := use_varlen(adapted, Base(name="x", attention="varlen"))):
+        raise ValueError(why)
     checkpoint_layers(adapted, checkpointed)
     if kernels == "auto":
         fuse(adapted)
@@ -117,9 +122,13 @@ def saved_bytes(
 
     positions = torch.cat([torch.arange(length) for length in documents])[None]
     ids = torch.randint(3, 200, positions.shape)
+    ends_D = torch.tensor([0, *np.cumsum(documents)], dtype=torch.int32)
+    longest, told = max(documents), attention == "varlen"
+    bounds = {"cu_seq_lens_q": ends_D, "cu_seq_lens_k": ends_D, "max_length_q": longest, "max_length_k": longest}
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        hidden = adapted.get_base_model().base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        decoder = adapted.get_base_model().base_model
+        hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False, **(bounds if told else {}))
     trained = [tuple(p.shape) for p in adapted.parameters() if p.requires_grad]
     trained += [shape[::-1] for shape in trained]
     total = sum(t.untyped_storage().nbytes() for t in kept.values() if tuple(t.shape) not in trained)

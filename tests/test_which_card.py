@@ -33,11 +33,19 @@ def test_more_memory_never_takes_less() -> None:
 
 
 def test_published_peaks_lie_near_the_plan_or_say_why() -> None:
-    """The same stack (transformers, PEFT, bitsandbytes without float32 residuals) lies within a fifth in memory."""
+    """Stock PEFT lies within a tenth in memory with all the logits that it holds, in 16 and in 32 bit; fused layers and
+    a fused loss, which ours are nearest to, within a seventh, and a twentieth in speed."""
     rows = list(plan_accuracy.published())
     assert len(rows) >= 12 and all(row[-1] for row in rows)
     stock = [row for row in plan_accuracy.ROWS if row.source == plan_accuracy.FMS and row.tokens_per_s in (3596, 3324)]
     for row in stock:
-        plan = plan_accuracy.planned(row)
-        assert plan.peak_gib == pytest.approx(row.peak_gib, rel=0.2)
+        plan, (sequences, length) = plan_accuracy.planned(row), row.tokens
+        logits_gib = sequences * length * 32_768 * (2 + 4) / 2**30
+        assert plan.peak_gib + logits_gib == pytest.approx(row.peak_gib, rel=0.1)
         assert plan.tokens_per_s == pytest.approx(row.tokens_per_s, rel=0.25)
+    fused = [row for row in plan_accuracy.ROWS if row.source == plan_accuracy.FMS and (row.tokens_per_s or 0) > 4000]
+    assert len(stock) == 2 and len(fused) == 3
+    for row in fused:
+        plan = plan_accuracy.planned(row)
+        assert plan.peak_gib == pytest.approx(row.peak_gib, rel=1 / 7)
+        assert plan.tokens_per_s == pytest.approx(row.tokens_per_s, rel=0.05)

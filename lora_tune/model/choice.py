@@ -233,12 +233,14 @@ def _larger_cards(job: Job, budget_gib: float, *, card: Card | None) -> Iterator
         return
     size = budget_gib
     for larger in sorted(CARDS.values(), key=lambda card: (card.memory_gib, -card.tflops)):
-        choice = choose(job, usable_gib(larger), card=larger) if larger.memory_gib > size else None
+        there = replace(job, card=larger)
+        choice = choose(there, usable_gib(larger), card=larger) if larger.memory_gib > size else None
         if choice is not None:
             ratio = None
             if card and card.tflops:
-                ratio = _seconds_per_token(job, choice, larger) / _seconds_per_token(job, _unlimited(job, card), card)
-            peak = sum(parts_gib(job, choice).values())
+                before = _seconds_per_token(job, _unlimited(job, card), card)
+                ratio = _seconds_per_token(there, choice, larger) / before
+            peak = sum(parts_gib(there, choice).values())
             yield Change(f"take a card of {larger.memory_gib:g} GiB such as {larger.name}", peak, ratio, 3)
             size = larger.memory_gib * 1.25
 

@@ -22,6 +22,8 @@ from lora_tune.model.activations import (
     saved_bytes_per_layer,
 )
 from lora_tune.model.calibration import Calibration
+from lora_tune.model.cards import Card
+from lora_tune.model.counted_attention import counted_attention, reads_lengths
 from lora_tune.model.device import Device
 from lora_tune.model.meta_shape import shape_of
 from lora_tune.model.shape import Shape
@@ -75,6 +77,10 @@ class Job:
     calibration: Calibration | None = None
     layout: Layout = ONE_CARD
     """How several cards share the run; `train.batch_size` is this card's share of the batch."""
+    card: Card | None = None
+    """The card that it is planned for, where it is known."""
+    reads_lengths: Literal["yes", "no"] = "no"
+    """Whether the base's attention can be told the lengths of documents (`counted_attention.py`)."""
 
     @property
     def element(self) -> int:
@@ -114,7 +120,7 @@ def job_of(
         double = bool(stored.get("bnb_4bit_use_double_quant"))
         kind = "int8" if stored.get("load_in_8bit") or stored.get("_load_in_8bit") else "nf4"
         base = base.model_copy(update={"quantize": kind, "double_quant": double})
-    return Job(shape, base, lora, train, device, calibration)
+    return Job(shape, base, lora, train, device, calibration, reads_lengths=reads_lengths(config, shape))
 
 
 def parts_gib(job: Job, choice: Choice) -> dict[str, float]:
@@ -178,15 +184,7 @@ def _training(job: Job, choice: Choice) -> dict[str, float]:
     """Bytes by part in a training step: at the loss, or in the backward pass of a layer, whichever needs more."""
     tokens = choice.micro * job.train.max_length
     shape, element = job.shape, job.element
-    one_set = saved_bytes_per_layer(
-        shape,
-        tokens=tokens,
-        element=element,
-        lora=job.lora,
-        row_length=_row_length(job, tokens) if _masked(job, tokens) else None,
-        dropout_mask=1 if job.device == "cuda" else None,
-        kernels=job.kernels,
-    )
+    one_set = layer_bytes(job, tokens)
     kept = kept_after_forward(
         shape,
         one_set=one_set,
@@ -208,6 +206,21 @@ def _training(job: Job, choice: Choice) -> dict[str, float]:
     }
 
 
+def layer_bytes(job: Job, tokens: int) -> int:
+    """Bytes that one layer that is not recomputed keeps for the backward pass of a micro-batch of `tokens`."""
+    attention = counted_attention(job, tokens)
+    joined = tokens * job.shape.query * job.element if attention == "by document" else 0
+    return joined + saved_bytes_per_layer(
+        job.shape,
+        tokens=tokens,
+        element=job.element,
+        lora=job.lora,
+        row_length=_row_length(job, tokens) if attention == "mask" else None,
+        dropout_mask=1 if job.device == "cuda" else None,
+        kernels=job.kernels,
+    )
+
+
 def offloaded_bytes(job: Job, choice: Choice) -> int:
     """Bytes of the inputs of checkpointed layers that wait in the machine's memory; three are on the GPU at a time."""
     if choice.offload == "none" or job.device == "cpu":
@@ -225,7 +238,7 @@ def _evaluation(job: Job, choice: Choice) -> dict[str, float]:
     shape, element, length = job.shape, job.element, job.train.max_length
     tokens = length if job.device == "cuda" else max(length, _EVALUATED_TOKENS)
     logits = length * shape.vocabulary * element + min(length, _LOSS_POSITIONS) * shape.vocabulary * (element + 8)
-    if _plain_head(job):
+    if has_plain_head(job):
         logits = min(logits, int(_loss_tile(job, length)))
     temporaries = tokens * (shape.active_intermediate * (2 * element + 12) + shape.hidden * (2 * element + 4))
     return _held(job, choice) | {
@@ -283,12 +296,12 @@ def _loss_head(job: Job, tokens: int) -> float:
     its gradient are held at once.
     """
     shape = job.shape
-    if _plain_head(job):
+    if has_plain_head(job):
         return max(_loss_tile(job, tokens), 3 * tokens * shape.hidden * job.element)
     return tokens * shape.vocabulary * (job.element + 8)
 
 
-def _plain_head(job: Job) -> bool:
+def has_plain_head(job: Job) -> bool:
     """Whether the loss is computed from the inputs of the head, tile by tile."""
     trained = any(name.rsplit(".", 1)[-1] in _EMBEDDINGS for name in job.lora.modules_to_save)
     return not (trained or job.lora.new_tokens or STRATEGIES[job.layout.strategy].divided)
@@ -326,24 +339,9 @@ def _lasting_buffers(job: Job, tokens: int) -> float:
     if job.lora.method in _ANCHORED:  # trained and anchored rows are joined into one matrix at every forward pass
         copies = 2 * adapters * job.element
     joined = 2 * shape.vocabulary * shape.hidden * job.element if job.lora.new_tokens else 0
-    mask = tokens * _row_length(job, tokens) if _masked(job, tokens) else 0
+    mask = tokens * _row_length(job, tokens) if counted_attention(job, tokens) == "mask" else 0
     return copies + joined + mask
-
-
-def _masked(job: Job, tokens: int) -> bool:
-    """Whether attention needs a mask: several documents in one row, rows of unequal length, a sliding window."""
-    window = job.shape.sliding_window
-    return job.train.packing or tokens > job.train.max_length or (window is not None and window < job.train.max_length)
 
 
 def _row_length(job: Job, tokens: int) -> int:
     return min(tokens, _ROW_LENGTHS * job.train.max_length)
-
-
-def attended(job: Job, choice: Choice) -> float:
-    """Keys that a query is multiplied with: a whole sequence under a mask, half of one where attention is causal.
-
-    Packed documents are folded into rows about as long as the longest of them, which is taken to be `max_length`.
-    """
-    tokens = choice.micro * job.train.max_length
-    return float(job.train.max_length) if _masked(job, tokens) else job.train.max_length / 2

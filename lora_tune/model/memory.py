@@ -155,6 +155,7 @@ def plan_job(
     job: Job, budget_gib: float, *, card: Card | None, changes_are: Literal["looked for", "left out"] = "looked for"
 ) -> MemoryPlan:
     """The plan of a job, as `try_plan`; of one that several cards share, the plan of each card."""
+    job = replace(job, card=card)
     train, device = job.train, job.device
     measured = job.calibration
     chosen = choose(job, budget_gib, card=card)

@@ -1,15 +1,17 @@
 """Seconds and FLOP of a step: products of matrices, memory traffic and what the host needs to start them.
 
-Two constants are fitted to published runs of the same stack (transformers with PEFT and bitsandbytes, not compiled):
-products reach 70 % of a card's dense 16-bit throughput, traffic 80 % of its bandwidth. `benchmarks/plan_accuracy.py`
-prints published runs beside what comes out. Expect 25 % either way.
+Two constants are fitted to published runs of transformers with PEFT and bitsandbytes, not compiled: products reach 70 %
+of a card's dense 16-bit throughput, traffic 80 % of its bandwidth. `benchmarks/plan_accuracy.py` prints published runs
+beside what comes out: those with fused layers and loss are planned 3 to 5 % slower than they were, stock ones 9 to 19 %
+faster. Expect 25 % either way.
 """
 
 from __future__ import annotations
 
 from lora_tune.model.activations import saved_bytes_per_layer
 from lora_tune.model.cards import Card
-from lora_tune.model.footprint import Choice, Job, attended, trained_weights
+from lora_tune.model.counted_attention import attended
+from lora_tune.model.footprint import Choice, Job, has_plain_head, trained_weights
 
 SPEED_ERROR = 0.25
 _PRODUCTS = 0.7  # of the card's TFLOP/s
@@ -24,8 +26,10 @@ _CPU = Card("", 0.0, 1.0, 40.0)
 def flop_per_token(job: Job, choice: Choice) -> float:
     """FLOP of training on one token: forward 2 N and backward 2 N, 2 N more where a layer is recomputed.
 
-    Of a mixture N counts the experts that a token passes. The head is computed three times over (fused), attention
-    with 2 products forward and 5 backward over the keys that are read, masked or not.
+    Of a mixture N counts the experts that a token passes. The head computes its logits and the gradient of its inputs
+    (4 V h); one that gives all logits, because it is trained, has new tokens or is divided, is counted with 6 V h,
+    which is no less than it takes. Attention has 2 products forward and 5 backward over the keys that are read, masked
+    or not.
     """
     shape = job.shape
     recomputed = choice.checkpointed / shape.layers
@@ -33,7 +37,7 @@ def flop_per_token(job: Job, choice: Choice) -> float:
     frozen = shape.linear_parameters + 3 * shape.hidden * experts * shape.layers
     adapters, full = trained_weights(shape, job.lora)
     keys = 2 * attended(job, choice) * shape.query * shape.layers
-    head = 6 * shape.vocabulary * shape.hidden
+    head = (4 if has_plain_head(job) else 6) * shape.vocabulary * shape.hidden
     return (
         (4 + 2 * recomputed) * frozen + head + (7 + 2 * recomputed) * keys + (6 + 2 * recomputed) * adapters + 2 * full
     )

@@ -67,14 +67,16 @@ def divide(rows: CheckedRows, apart: Apart) -> tuple[StoredConversations, Stored
     for number, account in enumerate(ledger.sources):
         kept = int(np.count_nonzero(sources == number))
         account.left_by_max_rows, account.kept = account.kept - kept, kept
-    _count_repeats(store, taken, ledger)
+    everything = len(taken) == len(store)
+    digests = store.digests if everything else store.digests[taken]
+    _count_repeats(store, taken, ledger, digests=digests)
     of_task = tasks[sources]
     held_out = of_task.copy()
     if from_file:
         held_out |= sources == len(rows.data)
         refuse_leaks(store, taken[~held_out], taken[held_out & ~of_task])
     else:
-        held_out[~of_task] = hold_out_some(store.digests[taken][~of_task], apart.rows, seed=rows.seed)
+        held_out[~of_task] = hold_out_some(digests[~of_task] if of_task.any() else digests, apart.rows, seed=rows.seed)
         if apart.rows not in (0, "0%") and not held_out[~of_task].any():
             reason, fix = "no row can be held out: there is one row, or all rows are the same", "set eval.hold_out to 0"
             ledger.notices.append(Problem(reason, f"{fix} or to a file", key="eval.hold_out", severity="warning"))
@@ -92,11 +94,12 @@ def _cap(source: DataSource, apart: Apart) -> int | None:
     return min((cap for cap in (source.max_rows, most) if cap is not None), default=None)
 
 
-def _count_repeats(store: ConversationStore, taken: np.ndarray, ledger: Ledger) -> None:
-    repeated = taken[repeats(store.digests[taken])]
-    for what, found in ((DUPLICATE, repeated), (CONTRADICTION, contradictions(store, taken))):
-        for row in found:
-            ledger.sources[int(store.sources[row])].note(what, place_of(*store.place(int(row))))
+def _count_repeats(store: ConversationStore, taken: np.ndarray, ledger: Ledger, *, digests: np.ndarray) -> None:
+    """Note which of the `taken` rows, whose content hashes are `digests`, repeat or contradict an earlier one."""
+    repeated = repeats(digests)
+    for what, found in ((DUPLICATE, taken[repeated]), (CONTRADICTION, contradictions(store, taken, repeated))):
+        for row in found.tolist():
+            ledger.sources[store.source(row)].note(what, place_of(*store.place(row)))
 
 
 def _rendered(

@@ -41,6 +41,11 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.row)
 
+    @property
+    def total_tokens(self) -> int:
+        """The tokens of all pieces."""
+        return int(self.end.sum(dtype=np.int64) - self.start.sum(dtype=np.int64))
+
     def take(self, indices: np.ndarray) -> Pieces:
         """The pieces at `indices`, in that order."""
         return Pieces(self.row[indices], self.start[indices], self.end[indices])
@@ -61,7 +66,6 @@ class Documents(Sequence[TokenRow]):
 
     def __init__(self, pieces: Pieces, rows: TokenFile, conversations: StoredConversations) -> None:
         self.pieces, self._rows, self._conversations = pieces, rows, conversations
-        self._sources = conversations.sources
 
     @property
     def lengths(self) -> np.ndarray:
@@ -87,7 +91,7 @@ class Documents(Sequence[TokenRow]):
         if self._conversations.store.names_tasks:
             conversation = self._conversations[number]
             task, template = conversation.task, conversation.template
-        return TokenRow(ids, mask.astype(bool), int(self._sources[number]), file, line, notes, task, template)
+        return TokenRow(ids, mask.astype(bool), self._conversations.source(number), file, line, notes, task, template)
 
     def conversation(self, index: int) -> Conversation:
         """The conversation that a document, or a piece of it, was made of."""
@@ -107,7 +111,6 @@ class Fitting:
 
     def __init__(self, conversations: StoredConversations, rows: TokenFile, ledger: Ledger, *, max_length: int) -> None:
         self._conversations, self._rows, self._ledger, self._max_length = conversations, rows, ledger, max_length
-        self._sources = conversations.sources
         self._found: list[tuple[int, int, int]] = []
         self._why_none: dict[int, str] = dict.fromkeys(rows.errors, "refused by the chat template")
 
@@ -130,23 +133,25 @@ class Fitting:
             else:
                 self._truncate(row, account)
         whole = np.flatnonzero(fits).astype(np.int32)
-        cut = np.array(self._found, dtype=np.int32).reshape(-1, 3)
-        number = np.concatenate([whole, cut[:, 0]])
-        start = np.concatenate([np.zeros(len(whole), np.int32), cut[:, 1]])
-        end = np.concatenate([rows.length[whole], cut[:, 2]])
-        found = Pieces(number, start, end).take(np.lexsort((start, number)))
+        found = Pieces(whole, np.zeros(len(whole), np.int32), rows.length[whole])
+        if self._found:
+            cut = np.array(self._found, dtype=np.int32)
+            number = np.concatenate([found.row, cut[:, 0]])
+            start = np.concatenate([found.start, cut[:, 1]])
+            end = np.concatenate([found.end, cut[:, 2]])
+            found = Pieces(number, start, end).take(np.lexsort((start, number)))
         self._account_conversations(found)
         return found
 
     def _source(self, row: int) -> int:
-        return int(self._sources[self._rows.conversation[row]])
+        return self._conversations.source(int(self._rows.conversation[row]))
 
     def _place(self, row: int) -> str:
         return place_of(*self._conversations.place(int(self._rows.conversation[row])))
 
     def _account_whole(self, fits: np.ndarray) -> None:
         rows = self._rows
-        source_of_row = self._sources[rows.conversation] if len(rows) else np.zeros(0, np.int32)
+        source_of_row = self._conversations.sources[rows.conversation]
         for number, account in enumerate(self._ledger.sources):
             mine = source_of_row == number
             whole = mine & fits
@@ -182,7 +187,7 @@ class Fitting:
         self._keep(row, 0, kept, account)
         account.tokens_lost += length - kept
         account.note(TRUNCATED, self._place(row))
-        if self._rows.last_trained[row] >= kept:
+        if self._rows.tokens(row)[1][kept:].any():
             account.note(LOST_END, self._place(row))
 
     def _split(self, row: int, account: SourceLedger) -> None:
@@ -201,11 +206,12 @@ class Fitting:
         kept = np.zeros(len(self._conversations), dtype=bool)
         kept[self._rows.conversation[found.row]] = True
         for number, why in self._why_none.items():
-            account = self._ledger.sources[int(self._sources[number])]
+            account = self._ledger.sources[self._conversations.source(number)]
             place = place_of(*self._conversations.place(number))
             if kept[number]:
                 account.note(f"a turn is dropped: {why}", place)
             else:
                 account.drop(why, place)
+        sources = self._conversations.sources
         for number, account in enumerate(self._ledger.sources):
-            account.kept = int(np.count_nonzero(kept & (self._sources == number)))
+            account.kept = int(np.count_nonzero(kept & (sources == number)))

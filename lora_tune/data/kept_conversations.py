@@ -17,14 +17,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora_tune.data.cache import LARGEST_BYTES, WORTH_ROWS, code_sha256, entry, keep_if_there_is_room, valid_note
+from lora_tune.data.columns import Columns
 from lora_tune.data.ledger import Count, Ledger, SourceLedger
 from lora_tune.data.sources import Source, SourceIdentity, shown_path
 from lora_tune.data.store import ConversationStore, StoredConversations
 from lora_tune.errors import Problem
 from lora_tune.recipe import DataSource
+
+_INDICES = (("row", "<i4"),)
 
 
 @dataclass
@@ -70,7 +71,8 @@ def kept(key: str, data: tuple[DataSource, ...]) -> Conversations | None:
             file = open(path, "rb")  # noqa: SIM115  (the store reads from it as long as it lives)
     except OSError:
         return None
-    sides = [np.frombuffer(file.read(8 * note[side]), dtype=np.int64) for side in ("train", "held_out")]
+    sides = [Columns.read(file, _INDICES, rows=note[side])["row"] for side in ("train", "held_out")]
+    file.seek(-file.tell() % 8, 1)
     store = ConversationStore.read(file, note["store"])
     weakref.finalize(store, file.close)
     train, held_out = (StoredConversations(store, side) for side in sides)
@@ -88,6 +90,7 @@ def keep(key: str, found: Conversations) -> None:
         with open(temporary, "wb") as file:
             for side in (found.train, found.held_out):
                 file.write(side.indices.tobytes())
+            file.write(bytes(-file.tell() % 8))  # numbers are read faster from there
             facts = store.write(file)
         accounts, notices = (list(map(asdict, part)) for part in (found.ledger.sources, found.ledger.notices))
         return {

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_tune.data.split import among, first_halves
 from lora_tune.data.store import ConversationStore
 from lora_tune.errors import DataError, Problem
 
@@ -17,12 +18,14 @@ _LONG = 24  # characters of a text that identifies a row; shorter ones are label
 
 def refuse_leaks(store: ConversationStore, train: np.ndarray, held_out: np.ndarray) -> None:
     """Raises: DataError naming every held-out row whose content is trained as well."""
-    places = {digest.tobytes(): int(row) for row, digest in zip(train, store.digests[train], strict=True)}
+    words = first_halves(store.digests)
+    near = train[among(words[train], np.unique(words[held_out]))]
+    places = {store.digest(row): row for row in near.tolist()}
     problems = []
-    for row in held_out:
-        trained = places.get(store.digests[row].tobytes())
+    for row in held_out.tolist():
+        trained = places.get(store.digest(row))
         if trained is not None:
-            file, line = store.place(int(row))
+            file, line = store.place(row)
             reason = f"this held-out row is in the training data as well ({':'.join(map(str, store.place(trained)))})"
             problems.append(Problem(reason, "remove it on one side", file=file, line=line))
     if problems:
@@ -43,14 +46,18 @@ def refuse_shared_rows(
     if not len(held_out):
         return
     trained: dict[bytes, int] = {}
-    for row in train:
-        trained.setdefault(_identity(store, int(row)), int(row))
+    asked = [_identity(store, row) for row in held_out.tolist()]
+    looked_for = frozenset(asked)
+    for row in train.tolist():
+        identity = _identity(store, row)
+        if identity in looked_for:
+            trained.setdefault(identity, row)
     shared: dict[tuple[int, int], list[tuple[int, int]]] = {}
     sources = store.sources
-    for row in held_out:
-        other = trained.get(_identity(store, int(row)))
+    for row, identity in zip(held_out.tolist(), asked, strict=True):
+        other = trained.get(identity)
         if other is not None:
-            shared.setdefault((int(sources[row]), int(sources[other])), []).append((int(row), other))
+            shared.setdefault((int(sources[row]), int(sources[other])), []).append((row, other))
     problems = []
     for (apart, source), rows in shared.items():
         file, line = store.place(rows[0][0])

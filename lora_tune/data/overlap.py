@@ -172,6 +172,7 @@ class _Passages:
         self._lengths = sorted({min(size, len(row)) for row in rows if row})
         self._filter = np.zeros(1 << _FILTER_BITS, dtype=bool)
         self._filter[self._slots(self._keys)] = True
+        self._held = np.zeros(len(self._keys), dtype=np.int64)  # training rows that hold each passage
         self._hits: list[np.ndarray] = []
 
     @staticmethod
@@ -190,14 +191,15 @@ class _Passages:
             near = np.flatnonzero(self._filter[self._slots(hashes)] & (left[: len(hashes)] >= length))
             place = np.searchsorted(self._keys, hashes[near])
             hit = self._keys[np.minimum(place, len(self._keys) - 1)] == hashes[near]
-            pairs = np.stack([place[hit], rows[near[hit]] + first_row])
-            self._hits.append(np.unique(pairs, axis=1))
+            pairs = np.unique(np.stack([place[hit], rows[near[hit]] + first_row]), axis=1)
+            self._held += np.bincount(pairs[0], minlength=len(self._keys))
+            self._hits.append(pairs[:, self._held[pairs[0]] <= COMMON])  # which rows hold a common one does not matter
 
     def found(self) -> tuple[np.ndarray, np.ndarray, int]:
         """Share of the passages of each row that training rows hold (N,), the training row that holds most of them
         (-1: none), and how many passages were left out as common."""
         pairs = np.concatenate(self._hits, axis=1) if self._hits else np.zeros((2, 0), np.int64)
-        held = np.bincount(pairs[0], minlength=len(self._keys))
+        held = self._held
         seen = (held > 0) & (held <= COMMON)
         self._seen = seen[self._place]
         total = np.bincount(self._own, weights=held[self._place] <= COMMON, minlength=self._rows)

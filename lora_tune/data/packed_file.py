@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from lora_tune.data.cache import (
     write_entry,
 )
 from lora_tune.data.fit import Pieces
+from lora_tune.data.packing import Packed
 from lora_tune.data.sources import as_dataset
 from lora_tune.data.store import StoredConversations
 from lora_tune.data.token_file import TokenFile
@@ -42,21 +42,18 @@ _SCHEMA = pa.schema(
 )
 
 
-def packed_file(
-    sequences: Sequence[Sequence[int]], pieces: Pieces, rows: TokenFile, conversations: StoredConversations
-) -> Dataset:
-    """The sequences (indices of pieces) as a data set with the columns of `Prepared.train`, mapped from disk.
+def packed_file(sequences: Packed, pieces: Pieces, rows: TokenFile, conversations: StoredConversations) -> Dataset:
+    """The sequences (of pieces) as a data set with the columns of `Prepared.train`, mapped from disk.
 
     From the cache where it has them. Few rows, or more than 2 GiB of them, are written anew: that file goes when the
     process does.
     """
-    places = np.stack([conversations.sources, conversations.lines], axis=1).astype(np.int64)
 
     def write(path: Path) -> dict[str, Any]:
-        return {"fingerprint": _write(path, sequences, pieces, rows, places)}
+        return {"fingerprint": _write(path, sequences, pieces, rows, conversations)}
 
-    if len(rows) >= WORTH_ROWS and 8 * int((pieces.end - pieces.start).sum(dtype=np.int64)) <= LARGEST_BYTES:
-        with entry("packed", _key(sequences, pieces, rows, places)) as path:
+    if len(rows) >= WORTH_ROWS and 8 * pieces.total_tokens <= LARGEST_BYTES:
+        with entry("packed", _key(sequences, pieces, rows, conversations)) as path:
             note = valid_note(path) or write_entry(path, write)
             return as_dataset(_mapped(path), fingerprint=note["fingerprint"])
     with entry("packed", f"of-{os.getpid()}") as path:  # locked, so that no other process makes room with it
@@ -75,34 +72,34 @@ def _mapped(path: Path) -> pa.Table:
         return pa.ipc.open_stream(source).read_all()
 
 
-def _key(sequences: Sequence[Sequence[int]], pieces: Pieces, rows: TokenFile, places: np.ndarray) -> str:
+def _key(sequences: Packed, pieces: Pieces, rows: TokenFile, conversations: StoredConversations) -> str:
     """Hash of everything that the file depends on."""
-    digest = hashlib.sha256(f"{code_sha256()} {rows.sha256}".encode())
-    for part in (pieces.row, pieces.start, pieces.end, places):
-        digest.update(part.tobytes())
-    for start in range(0, len(sequences), _CHUNK):
-        chunk = sequences[start : start + _CHUNK]
-        digest.update(np.array([len(sequence) for sequence in chunk], dtype=np.int64).tobytes())
-        digest.update(np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in chunk]).tobytes())
+    digest = hashlib.sha256(f"{code_sha256()} {rows.sha256} {len(pieces)} {len(conversations)}".encode())
+    for part in (pieces.row, pieces.start, pieces.end, sequences.indices, sequences.ends):
+        digest.update(np.ascontiguousarray(part).data)
+    for block in conversations.blocks():
+        digest.update(block.sources.data)
+        digest.update(block.lines.data)
     return digest.hexdigest()[:40]
 
 
-def _write(path: Path, sequences: Sequence[Sequence[int]], pieces: Pieces, rows: TokenFile, places: np.ndarray) -> str:
+def _write(path: Path, sequences: Packed, pieces: Pieces, rows: TokenFile, conversations: StoredConversations) -> str:
     """Write the stream; returns a hash of tokens, labels and lengths."""
     digest = hashlib.sha256()
+    sources, lines = conversations.store.sources, conversations.store.lines
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
         for start in range(0, len(sequences), _CHUNK):
-            chunk = sequences[start : start + _CHUNK]
-            flat = [index for sequence in chunk for index in sequence]
-            tokens = [pieces.tokens(rows, index) for index in flat]
+            ends = sequences.ends[start : start + _CHUNK + 1]
+            flat = sequences.indices[ends[0] : ends[-1]]
+            tokens = [pieces.tokens(rows, index) for index in flat.tolist()]
             ids = np.concatenate([ids for ids, _ in tokens])
             labels = np.where(np.concatenate([mask for _, mask in tokens]), ids, np.int32(IGNORED))
             lengths = np.array([len(ids) for ids, _ in tokens], dtype=np.int32)
-            ends = np.concatenate([[0], np.cumsum([len(sequence) for sequence in chunk])])
-            edges = np.concatenate([[0], np.cumsum(lengths)])[ends]
+            edges = np.concatenate([[0], np.cumsum(lengths)])[ends - ends[0]]
             digest.update(ids.tobytes() + labels.tobytes() + lengths.tobytes())
-            stood = places[rows.conversation[pieces.row[flat]]]
-            stream.write_batch(_batch(ids, labels, lengths, edges=edges, ends=ends, places=stood))
+            stood = conversations.indices[rows.conversation[pieces.row[flat]]]
+            places = np.stack([sources[stood], lines[stood]], axis=1).astype(np.int64)
+            stream.write_batch(_batch(ids, labels, lengths, edges=edges, ends=ends - ends[0], places=places))
     return digest.hexdigest()[:16]
 
 

@@ -6,7 +6,7 @@
                          pieces          -> an epoch by weights, packed             (split.py, packing.py)
                          sequences       -> rows on disk, cached                    (packed_file.py)
 
-In memory stay some 100 bytes a row; texts and tokens are on disk and memory-mapped.
+In memory stay some 20 bytes a row; texts, tokens and what is known of each row are on disk and memory-mapped.
 """
 
 from __future__ import annotations
@@ -94,11 +94,10 @@ def encode(
     ledger.check(limits)
     weights = _weights(pieces, rows, conversations, mixing)
     epoch = _weighted(pieces, rows, conversations.train, weights, ledger=ledger, seed=seed)
-    sources = conversations.train.sources[rows.conversation[epoch.row]]
-    alone = np.array([not (train.packing and source.pack) for source in conversations.data])[sources]
+    alone = np.array([not (train.packing and source.pack) for source in conversations.data])
+    alone = alone[conversations.train.sources][rows.conversation[epoch.row]]
     sequences = pack(epoch.end - epoch.start, alone, max_length=train.max_length, seed=seed)
-    tokens = int((epoch.end - epoch.start).sum())
-    ledger.packing = Packing(len(sequences), len(epoch), tokens, train.max_length)
+    ledger.packing = Packing(len(sequences), len(epoch), epoch.total_tokens, train.max_length)
     dataset = packed_file(sequences, epoch, rows, conversations.train)
     documents = Documents(pieces, rows, conversations.train)
     return Prepared(dataset, documents, held_out, held_out_rows, ledger, conversations.identities)
@@ -116,7 +115,7 @@ def _refuse(
     problems = []
     for conversations, tokens in ((train, rows), (held_out, held_out_rows)):
         for number, reason in tokens.errors.items():
-            source = int(conversations.sources[number])
+            source = conversations.source(number)
             if data[min(source, len(data) - 1)].on_bad_row == "refuse":
                 file, line = conversations.place(number)
                 fix = "repair the row, or set on_bad_row: drop"
@@ -127,10 +126,17 @@ def _refuse(
 
 def _weights(pieces: Pieces, rows: TokenFile, conversations: Conversations, mixing: Mixing) -> list[float]:
     """How often a conversation of each source stands in an epoch: by the mixing, times the source's own weight."""
-    kept = np.unique(rows.conversation[pieces.row])
+    kept = _kept(pieces, rows, conversations.train)
     counts = np.bincount(conversations.train.sources[kept], minlength=len(conversations.data))
     shares = mixing_weights(counts[: len(conversations.data)].tolist(), mixing)
     return [source.weight * share for source, share in zip(conversations.data, shares, strict=True)]
+
+
+def _kept(pieces: Pieces, rows: TokenFile, conversations: StoredConversations) -> np.ndarray:
+    """True (N,) for the conversations of which a piece is left."""
+    found = np.zeros(len(conversations), dtype=bool)
+    found[rows.conversation[pieces.row]] = True
+    return found
 
 
 def _weighted(
@@ -143,13 +149,16 @@ def _weighted(
     seed: int,
 ) -> Pieces:
     """The pieces of one epoch: those of a conversation as often as the weight of its source says."""
-    kept = np.unique(rows.conversation[pieces.row])
-    sources = conversations.sources[kept]
-    copies = np.zeros(len(conversations), dtype=np.int64)
-    copies[kept] = epoch_copies(sources, weights, seed=seed)
+    kept = _kept(pieces, rows, conversations)
+    sources = conversations.sources
+    copies = np.zeros(len(conversations), dtype=np.int32)
+    copies[kept] = epoch_copies(sources[kept], weights, seed=seed)
     for number, account in enumerate(ledger.sources):
-        account.epoch_rows = int(copies[conversations.sources == number].sum())
-    return pieces.take(np.repeat(np.arange(len(pieces)), copies[rows.conversation[pieces.row]]))
+        account.epoch_rows = int(copies[sources == number].sum())
+    times = copies[rows.conversation[pieces.row]]
+    if (times == 1).all():
+        return pieces
+    return pieces.take(np.repeat(np.arange(len(pieces), dtype=np.int32), times))
 
 
 def _held_out(

@@ -1,7 +1,7 @@
 """Conversations on disk: what a checking pass keeps of every good row, so that data need not fit in memory.
 
-A conversation is written once, as compact JSON, to an anonymous temporary file (in memory below 64 MiB). In memory stay
-its offset, place and two hashes, about 50 bytes a row.
+A conversation is written once, as compact JSON, to an anonymous temporary file (in memory below 16 MiB); its offset,
+place and two hashes, 56 bytes a row, to another one (columns.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import json
 import shutil
 import tempfile
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from json.encoder import encode_basestring
@@ -18,10 +17,23 @@ from typing import IO, Any, overload
 
 import numpy as np
 
+from lora_tune.data.columns import Columns
 from lora_tune.data.conversation import Conversation, Message
 
-_IN_MEMORY_BYTES = 64 << 20
+_IN_MEMORY_BYTES = 16 << 20
 _BLOCK = 1 << 20
+_ROWS_AT_ONCE = 1 << 16
+# the texts of a row end at `end`: `content` bytes, then `about` bytes
+_FIELDS = (
+    ("end", "<i8"),
+    ("line", "<i8"),
+    ("digest", "V16"),
+    ("prompt", "<u8"),
+    ("source", "<i4"),
+    ("file", "<i4"),
+    ("about", "<u4"),
+    ("content", "<u4"),
+)
 _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _DEFAULTS = ((), 1, None, None, None)  # of the fields of Message after role and content
 
@@ -70,7 +82,9 @@ def _prompt_of(turns: Sequence[str], content: bytes) -> bytes:
 
 
 class ConversationStore:
-    """Appended to while data is read, then read by index. `digests` (N, 16) uint8 are BLAKE2b hashes of the content.
+    """Appended to while data is read, then read by index. `digests` (N,) are BLAKE2b hashes of the content.
+
+    Its columns are mapped from disk: not to be written to.
 
     `names_tasks`: whether a conversation has a task or a template.
     """
@@ -78,9 +92,8 @@ class ConversationStore:
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # type: ignore[assignment]  # noqa: SIM115
         self._texts_at = 0  # where they begin in the file
-        self._ends, self._content_ends = array("q", [0]), array("q")
-        self._digests, self._prompts = bytearray(), bytearray()
-        self._sources, self._files, self._lines = array("i"), array("i"), array("q")
+        self._end = 0  # of all texts, from there
+        self._numbers = Columns(_FIELDS)
         self._names: dict[str, int] = {}
         self._shown: list[str] = []
         self.names_tasks = False
@@ -91,37 +104,35 @@ class ConversationStore:
         content = _content(turns, conversation)
         about = _about(conversation)
         self.names_tasks = self.names_tasks or bool(conversation.task or conversation.template)
-        self._file.seek(self._texts_at + self._ends[-1])
+        self._file.seek(self._texts_at + self._end)
         self._file.write(content + about)
-        self._ends.append(self._ends[-1] + len(content) + len(about))
-        self._content_ends.append(self._ends[-1] - len(about))
-        self._digests += blake2b(content, digest_size=16).digest()
-        self._prompts += blake2b(_prompt_of(turns, content), digest_size=8).digest()
-        self._sources.append(source)
-        self._files.append(self._names.setdefault(file, len(self._names)))
-        self._lines.append(line)
-        return len(self._lines) - 1
+        self._end += len(content) + len(about)
+        number = self._names.setdefault(file, len(self._names))
+        digest, prompt = blake2b(content, digest_size=16).digest(), blake2b(_prompt_of(turns, content), digest_size=8)
+        found = int.from_bytes(prompt.digest(), "little")
+        self._numbers.append(self._end, line, digest, found, source, number, len(about), len(content))
+        return len(self._numbers) - 1
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._numbers)
 
     @property
     def text_bytes(self) -> int:
         """The size of all texts."""
-        return self._ends[-1]
+        return self._end
 
     def __getitem__(self, index: int) -> Conversation:
-        self._file.seek(self._texts_at + self._ends[index])
-        messages, tools, text = json.loads(self._file.read(self._content_ends[index] - self._ends[index]))
-        about = self._file.read(self._ends[index + 1] - self._content_ends[index])
+        end, line, _, _, source, file, about_size, size = self._numbers.row(index)
+        self._file.seek(self._texts_at + end - about_size - size)
+        messages, tools, text = json.loads(self._file.read(size))
+        about = self._file.read(about_size)
         task, template, choices, references = json.loads(about) if about else ("", "", (), ())
-        file, line = self.place(index)
         return Conversation(
             tuple(_unpacked(packed) for packed in messages),
             tuple(tools),
             text,
-            source=self._sources[index],
-            file=file,
+            source=source,
+            file=self.file_names()[file],
             line=line,
             task=task,
             template=template,
@@ -129,43 +140,41 @@ class ConversationStore:
             references=tuple(references),
         )
 
-    def _arrays(self) -> list[array | bytearray]:
-        return [self._ends, self._content_ends, self._sources, self._files, self._lines, self._digests, self._prompts]
-
     def write(self, target: IO[bytes]) -> dict[str, Any]:
         """Write all of it to `target`; returns what `read` needs beside that."""
-        for numbers in self._arrays():
-            target.write(memoryview(numbers))
+        self._numbers.write(target)
         self._file.seek(self._texts_at)
         shutil.copyfileobj(self._file, target, _BLOCK)
         return {"rows": len(self), "files": self.file_names(), "names_tasks": self.names_tasks}
 
     @classmethod
     def read(cls, file: IO[bytes], facts: Mapping[str, Any]) -> ConversationStore:
-        """The store that `write` wrote to `file`, whose texts are read from there when they are asked for."""
-        store, rows = cls(), int(facts["rows"])
-        store._ends.pop()
-        for numbers, count in zip(store._arrays()[:5], (rows + 1, *(rows,) * 4), strict=True):
-            numbers.frombytes(file.read(count * numbers.itemsize))  # type: ignore[union-attr]
-        store._digests += file.read(16 * rows)
-        store._prompts += file.read(8 * rows)
+        """The store that `write` wrote to `file`, which is mapped, and whose texts are read when they are asked for."""
+        store = cls()
+        store._numbers = Columns.read(file, _FIELDS, rows=int(facts["rows"]))
         store._texts_at, store._file = file.tell(), file
+        store._end = store._numbers.row(len(store) - 1)[0] if len(store) else 0
         store._names = {name: number for number, name in enumerate(facts["files"])}
         store.names_tasks = bool(facts["names_tasks"])
         return store
 
     def place(self, index: int) -> tuple[str, int]:
         """File and line of a row."""
-        return self.file_names()[self._files[index]], self._lines[index]
+        _, line, _, _, _, file, _, _ = self._numbers.row(index)
+        return self.file_names()[file], line
+
+    def source(self, index: int) -> int:
+        """Number of the data source of one row."""
+        return int(self._numbers.row(index)[4])
 
     def digest(self, index: int) -> bytes:
         """The content hash of one row."""
-        return bytes(self._digests[16 * index : 16 * index + 16])
+        return bytes(self._numbers.row(index)[2])
 
     @property
     def files(self) -> np.ndarray:
         """Which of `file_names` each row stands in, (N,) int32."""
-        return np.array(self._files, dtype=np.int32)
+        return self._numbers["file"]
 
     def file_names(self) -> list[str]:
         """The files as shown, in the order in which they were read."""
@@ -176,30 +185,30 @@ class ConversationStore:
     @property
     def digests(self) -> np.ndarray:
         """Content hashes, (N,) of 16 bytes each."""
-        return np.frombuffer(bytes(self._digests), dtype="V16")
+        return self._numbers["digest"]
 
     @property
     def prompts(self) -> np.ndarray:
         """Hashes of all turns but the last (of the whole content where there is no prompt), (N,) uint64."""
-        return np.frombuffer(bytes(self._prompts), dtype=np.uint64)
+        return self._numbers["prompt"]
 
     @property
     def sources(self) -> np.ndarray:
         """Number of the data source of each row, (N,) int32."""
-        return np.array(self._sources, dtype=np.int32)
+        return self._numbers["source"]
 
     @property
     def lines(self) -> np.ndarray:
         """Line of each row, (N,) int64."""
-        return np.array(self._lines, dtype=np.int64)
+        return self._numbers["line"]
 
 
 class StoredConversations(Sequence[Conversation]):
-    """Some rows of a store, in the order of `indices` (N,) int64; each is read from the store when it is asked for."""
+    """Some rows of a store, in the order of `indices` (N,) int32; each is read from the store when it is asked for."""
 
     def __init__(self, store: ConversationStore, indices: Iterable[int] | np.ndarray) -> None:
         self.store = store
-        self.indices = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
+        self.indices = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int32)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -220,6 +229,15 @@ class StoredConversations(Sequence[Conversation]):
         """File and line of a row, without reading it."""
         return self.store.place(int(self.indices[index]))
 
+    def source(self, index: int) -> int:
+        """Number of the data source of a row, without reading it."""
+        return self.store.source(int(self.indices[index]))
+
+    def blocks(self) -> Iterator[StoredConversations]:
+        """All of them, some rows at a time."""
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            yield self[start : start + _ROWS_AT_ONCE]
+
     @property
     def digests(self) -> np.ndarray:
         """Content hashes, (N,) of 16 bytes each."""
@@ -238,6 +256,7 @@ class StoredConversations(Sequence[Conversation]):
     def content_sha256(self) -> str:
         """Hash of the content of all rows and of where they stand, in order."""
         digest = hashlib.sha256(json.dumps(list(self.store.file_names())).encode("utf-8", "surrogatepass"))
-        for part in (self.digests, self.store.files[self.indices], self.lines):
-            digest.update(part.tobytes())
+        for column in (self.store.digests, self.store.files, self.store.lines):
+            for block in self.blocks():
+                digest.update(column[block.indices].tobytes())
         return digest.hexdigest()

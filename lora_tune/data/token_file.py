@@ -2,9 +2,14 @@
 
 One Arrow stream, a record batch for each chunk of conversations:
 
-    conversation  int64   index into the conversations that were encoded
     ids           list<int32>, mask list<uint8>   of one length T; mask is 1 where the token is trained
-    notes         uint8   bits in the order of NOTES
+
+and behind it, for each row, four numbers of 4 bytes (columns.py):
+
+    conversation  index into the conversations that were encoded
+    length        T
+    trained       how many of the tokens
+    notes         bits in the order of NOTES
 
 Beside it stands a note with the sha256 of the stream (`cache.py`): damage is found before a row is used, and the rows
 are made again.
@@ -14,7 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -26,32 +32,26 @@ import pyarrow as pa
 
 from lora_tune.data.cache import code_sha256, entry, valid_note, write_entry
 from lora_tune.data.chat_template import NOTES, ChatTemplate, TokenRow
+from lora_tune.data.columns import Columns
 from lora_tune.data.store import StoredConversations
 from lora_tune.data.turn_drafts import LossOn
 
 _CHUNK = 1024  # conversations encoded at a time
-_SCHEMA = pa.schema(
-    [
-        ("conversation", pa.int64()),
-        ("ids", pa.large_list(pa.int32())),
-        ("mask", pa.large_list(pa.uint8())),
-        ("notes", pa.uint8()),
-    ]
-)
+_SCHEMA = pa.schema([("ids", pa.large_list(pa.int32())), ("mask", pa.large_list(pa.uint8()))])
+_FIELDS = (("conversation", "<i4"), ("length", "<i4"), ("trained", "<i4"), ("notes", "<i4"))
 
 
 @dataclass
 class TokenFile:
-    """Token rows, mapped from disk: arrays over rows (N,), 21 bytes a row, and flat arrays of all tokens of a batch.
+    """Token rows, all mapped from disk: arrays over rows (N,) int32, and flat arrays of all tokens of a batch.
 
-    `conversation`, `length`, `trained` (number of trained tokens), `last_trained` (index of the last one, -1 without),
-    `notes`. `errors`: {conversation: why the template cannot render it}. `sha256` is that of the file.
+    `conversation`, `length`, `trained` (number of trained tokens), `notes`. `errors`: {conversation: why the template
+    cannot render it}. `sha256` is that of the file.
     """
 
     conversation: np.ndarray
     length: np.ndarray
     trained: np.ndarray
-    last_trained: np.ndarray
     notes: np.ndarray
     errors: dict[int, str]
     sha256: str
@@ -84,11 +84,11 @@ def token_file(
         if note is None or errors is None:
 
             def write(temporary: Path) -> dict[str, Any]:
-                return {"errors": _encode(temporary, conversations, chat, loss_on)}
+                return _encode(temporary, conversations, chat, loss_on)
 
             note = write_entry(path, write)
             errors = dict(note["errors"])
-        return _open(path, errors, sha256=note["sha256"])
+        return _open(path, note, errors=errors)
 
 
 def _errors(note: dict[str, Any]) -> dict[int, str] | None:
@@ -102,7 +102,8 @@ def _errors(note: dict[str, Any]) -> dict[int, str] | None:
 def _key(conversations: StoredConversations, fingerprint: str, loss_on: LossOn) -> str:
     """Hash of all that the token rows depend on."""
     digest = hashlib.sha256(f"{fingerprint} {loss_on} ".encode())
-    digest.update(conversations.digests.tobytes())
+    for block in conversations.blocks():
+        digest.update(block.digests.tobytes())
     return digest.hexdigest()[:40]
 
 
@@ -122,56 +123,58 @@ def encoder_fingerprint(chat: ChatTemplate) -> str:
     return digest.hexdigest()
 
 
-def _encode(path: Path, conversations: StoredConversations, chat: ChatTemplate, loss_on: LossOn) -> dict[int, str]:
-    """Write the stream; returns the reasons of the conversations that the template refuses, by number."""
+def _encode(path: Path, conversations: StoredConversations, chat: ChatTemplate, loss_on: LossOn) -> dict[str, Any]:
+    """Write the file; returns how many rows it has, and why the template refuses conversations, by their number."""
     errors: dict[int, str] = {}
+    numbers = Columns(_FIELDS, folder=path.parent)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
         for start in range(0, len(conversations), _CHUNK):
             chunk = list(conversations[start : start + _CHUNK])
-            numbers, rows = [], []
+            rows: list[TokenRow] = []
+            of: list[int] = []
             for number, found in enumerate(chat.rows(chunk, loss_on=loss_on), start):
                 if isinstance(found, list):
                     rows.extend(found)
-                    numbers.extend([number] * len(found))
+                    of.extend([number] * len(found))
                 else:
                     errors[number] = found.reason
             if rows:
-                stream.write_batch(_batch(numbers, rows))
-    return errors
+                stream.write_batch(_batch(rows, of, numbers))
+    with open(path, "ab") as file:
+        numbers.write(file)
+    return {"errors": errors, "rows": len(numbers)}
 
 
-def _batch(numbers: list[int], rows: Sequence[TokenRow]) -> pa.RecordBatch:
+def _batch(rows: Sequence[TokenRow], conversations: Sequence[int], numbers: Columns) -> pa.RecordBatch:
+    """The tokens of rows as a batch; what is known of each, its conversation first, goes to `numbers`."""
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
     np.cumsum([len(row.input_ids) for row in rows], out=offsets[1:])
     ids = np.concatenate([row.input_ids for row in rows]).astype(np.int32, copy=False)
     mask = np.concatenate([row.mask for row in rows]).astype(np.uint8)
     mask[offsets[:-1][np.diff(offsets) > 0]] = 0  # nothing predicts the first token of a document
+    before = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+    trained = before[offsets[1:]] - before[offsets[:-1]]
     notes = [sum(1 << bit for bit, note in enumerate(NOTES) if note in row.notes) for row in rows]
+    for values in zip(conversations, np.diff(offsets).tolist(), trained.tolist(), notes, strict=True):
+        numbers.append(*values)
     lists = [pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat)) for flat in (ids, mask)]
-    return pa.record_batch([pa.array(numbers, pa.int64()), *lists, pa.array(notes, pa.uint8())], schema=_SCHEMA)
+    return pa.record_batch(lists, schema=_SCHEMA)
 
 
-def _open(path: Path, errors: dict[int, str], *, sha256: str) -> TokenFile:
-    conversation, length, trained, last_trained, notes = [], [], [], [], []
+def _open(path: Path, note: Mapping[str, Any], *, errors: dict[int, str]) -> TokenFile:
+    """The file mapped: tokens and numbers."""
     batches = []
     first = 0
     with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
         for batch in stream:
-            offsets = batch.column("ids").offsets.to_numpy()
-            ids, mask = (batch.column(name).values.to_numpy() for name in ("ids", "mask"))
-            batches.append((first, offsets, ids, mask))
+            ids, mask = (batch.column(name) for name in ("ids", "mask"))
+            batches.append((first, ids.offsets.to_numpy(), ids.values.to_numpy(), mask.values.to_numpy()))
             first += batch.num_rows
-            conversation.append(batch.column("conversation").to_numpy())
-            notes.append(batch.column("notes").to_numpy())
-            length.append(np.diff(offsets).astype(np.int32))
-            before = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
-            trained.append((before[offsets[1:]] - before[offsets[:-1]]).astype(np.int32))
-            last = np.maximum.accumulate(np.where(mask, np.arange(len(mask)), -1)) if len(mask) else mask
-            ends = last[offsets[1:] - 1] - offsets[:-1]
-            last_trained.append(np.where((ends >= 0) & (np.diff(offsets) > 0), ends, -1).astype(np.int32))
-
-    def joined(parts: list[np.ndarray], dtype: type = np.int32) -> np.ndarray:
-        return np.concatenate(parts) if parts else np.zeros(0, dtype)
-
-    numbers, kinds = joined(conversation, np.int64), joined(notes, np.uint8)
-    return TokenFile(numbers, joined(length), joined(trained), joined(last_trained), kinds, errors, sha256, batches)
+    rows = int(note["rows"])
+    with open(path, "rb") as file:
+        numbers = Columns(_FIELDS)
+        file.seek(-rows * numbers.dtype.itemsize, os.SEEK_END)
+        found = Columns.read(file, _FIELDS, rows=rows).rows()
+    return TokenFile(
+        found["conversation"], found["length"], found["trained"], found["notes"], errors, note["sha256"], batches
+    )

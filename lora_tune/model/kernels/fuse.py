@@ -19,6 +19,7 @@ from torch import nn
 from lora_tune.model.base import weight_reader
 from lora_tune.model.kernels.choice import Activation, gated
 from lora_tune.model.kernels.projections import Frozen, GatedMlp, Projections
+from lora_tune.model.kernels.recomputed_mlp import Place, by_pieces, recomputed_mlp
 from lora_tune.model.kernels.rms_norm import RmsNorm
 from lora_tune.model.kernels.rotary import rotating
 
@@ -56,6 +57,7 @@ def fuse(model: nn.Module) -> Fused:
     fused = Fused()
     taken: set[int] = set()
     known: dict[Any, Activation | None] = {}
+    blocks = _blocks(model)
     for parent in model.modules():
         children = dict(parent.named_children())
         if _all_plain(children, QKV):
@@ -63,7 +65,7 @@ def fuse(model: nn.Module) -> Fused:
             taken |= {id(children[name]) for name in QKV}
         layers, activation = _gated_mlp(parent, children, known)
         if activation:
-            _fuse_mlp(parent, layers, activation, fused)
+            _fuse_mlp(parent, layers, activation, fused, blocks.get(id(parent)))
             taken |= {id(layer) for layer in layers}
     for _, layer in _adapted(model):
         if id(layer) in taken:
@@ -78,6 +80,14 @@ def fuse(model: nn.Module) -> Fused:
         _replace(module, forward, fused)
         fused.rotations += 1
     return fused
+
+
+def _blocks(model: nn.Module) -> dict[int, nn.Module]:
+    """By the id of a module, the layer of the model that it stands in and that may be recomputed."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return {id(part): block for block in blocks for part in block.modules()}
 
 
 def why_not(layer: Any) -> str:
@@ -128,6 +138,12 @@ class _Plain:
         """A (rank, in) and B (out, rank), as they are now."""
         return self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
 
+    @property
+    def width(self) -> int:
+        """Of its input or its output, whichever is wider."""
+        a, b = self.factors
+        return max(a.shape[1], b.shape[0])
+
 
 def _plain(layer: Any) -> _Plain:
     (name,) = layer.lora_A
@@ -150,9 +166,14 @@ def _now(parts: list[_Plain], adapter_names: list[str] | None = None) -> bool:
     return True
 
 
-def _given(own: Callable[..., Any], x: torch.Tensor, adapter_names: list[str] | None) -> Any:
-    """PEFT's own path, with the adapter of each row where they are given."""
-    return own(x) if adapter_names is None else own(x, adapter_names=adapter_names)
+def _given(own: Callable[..., Any], x: torch.Tensor, adapter_names: list[str] | None, width: int) -> Any:
+    """PEFT's own path, with the adapter of each row where they are given; `width`: of its input or output.
+
+    Without a graph some tokens at a time, where there are many: it makes float32 of all of it.
+    """
+    if adapter_names is not None:
+        return own(x, adapter_names=adapter_names)
+    return own(x) if torch.is_grad_enabled() else by_pieces(own, x, width=width, element=4)
 
 
 def _dtype(x: torch.Tensor) -> torch.dtype:
@@ -174,10 +195,11 @@ def _replace(module: Any, forward: Callable[..., Any], fused: Fused) -> None:
 
 def _fuse_linear(layer: Any, fused: Fused) -> None:
     own, parts = layer.forward, [_plain(layer)]
+    width = parts[0].width
 
     def forward(x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
         if not _now(parts, adapter_names):
-            return _given(own, x, adapter_names)
+            return _given(own, x, adapter_names, width)
         return _project(x, parts)[0]
 
     _replace(layer, forward, fused)
@@ -196,7 +218,7 @@ def _fuse_qkv(layers: list[Any], fused: Fused) -> None:
     def first(x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
         kept.clear()
         if not _now(parts, adapter_names):
-            return _given(own[0], x, adapter_names)
+            return _given(own[0], x, adapter_names, parts[0].width)
         outputs = _project(x, parts)
         kept.update({_WHO: parts, 0: x, 1: outputs[1], 2: outputs[2]})
         return outputs[0]
@@ -205,7 +227,7 @@ def _fuse_qkv(layers: list[Any], fused: Fused) -> None:
         def forward(x: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
             known = number in kept and kept[_WHO] is parts and kept[0] is x
             if not known or not _now(parts, adapter_names):
-                return _given(own[number], x, adapter_names)
+                return _given(own[number], x, adapter_names, parts[number].width)
             found: torch.Tensor = kept.pop(number)
             if len(kept) == 2:
                 kept.clear()  # the input is not held longer than needed
@@ -219,14 +241,17 @@ def _fuse_qkv(layers: list[Any], fused: Fused) -> None:
     fused.qkv += 1
 
 
-def _fuse_mlp(parent: Any, layers: list[Any], activation: Activation, fused: Fused) -> None:
+def _fuse_mlp(parent: Any, layers: list[Any], activation: Activation, fused: Fused, block: Any) -> None:
+    """`block`: the layer of the model that the MLP stands in, which may be recomputed; None where it stands in none."""
     own, parts = parent.forward, [_plain(layer) for layer in layers]
-    frozen = [part.frozen for part in parts]
+    frozen, width, place = [part.frozen for part in parts], parts[-1].width, Place()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if not _now(parts):
-            return own(x)  # type: ignore[no-any-return]
+            return _given(own, x, None, width)  # type: ignore[no-any-return]
         factors = [matrix for part in parts for matrix in part.factors]
+        if getattr(block, "gradient_checkpointing", False) and block.training:
+            return recomputed_mlp(x, frozen, _dtype(x), activation=activation, factors=factors, place=place)
         return GatedMlp.apply(x, frozen, _dtype(x), activation, *factors)
 
     _replace(parent, forward, fused)
@@ -321,7 +346,9 @@ def _fuse_norm(module: Any, epsilon: float, offset: float, fused: Fused) -> None
     own = module.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled() or x.dtype != module.weight.dtype or not x.requires_grad:
+        if not torch.is_grad_enabled():
+            return by_pieces(own, x, width=x.shape[-1], element=4)
+        if x.dtype != module.weight.dtype or not x.requires_grad:
             return own(x)  # type: ignore[no-any-return]
         return RmsNorm.apply(x, module.weight, epsilon, offset)
 

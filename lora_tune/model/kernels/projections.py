@@ -78,18 +78,10 @@ class GatedMlp(torch.autograd.Function):
         *factors: torch.Tensor,
     ) -> Any:
         """The output, in `dtype`."""
-        first, (a_down, b_down) = factors[:-2], factors[-2:]
+        x_TH = x.reshape(-1, x.shape[-1]).to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            x_TH = x.reshape(-1, x.shape[-1]).to(dtype)
-            inner_TR = x_TH @ _stacked(first[0::2], dtype).T
-            parts = inner_TR.split([a.shape[0] for a in first[0::2]], dim=1)
-            made = [
-                _plus(part, x_TH, inner, b.to(dtype))
-                for part, inner, b in zip(frozen[:-1], parts, first[1::2], strict=True)
-            ]
-            h_TI = gated(*_gate_and_up(made), activation=activation)
-            inner_down_TR = h_TI @ a_down.to(dtype).T
-            y_TH = _plus(frozen[-1], h_TI, inner_down_TR, b_down.to(dtype))
+            inner_TR, made = gate_and_up(x_TH, frozen, factors)
+            y_TH, inner_down_TR = gated_down(made, frozen[-1], factors[-2:], activation=activation)
         ctx.save_for_backward(x_TH, inner_TR, inner_down_TR, *made, *factors)
         ctx.frozen, ctx.activation, ctx.shape, ctx.x_dtype = frozen, activation, x.shape, x.dtype
         return y_TH.view(*x.shape[:-1], y_TH.shape[-1])
@@ -99,25 +91,69 @@ class GatedMlp(torch.autograd.Function):
         """Gradients of x and of the factors."""
         x_TH, inner_TR, inner_down_TR, *rest = ctx.saved_tensors
         made, factors = rest[: len(ctx.frozen) - 1], rest[len(ctx.frozen) - 1 :]
-        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        gate_TI, up_TI = _gate_and_up(made)
-        h_TI = gated(gate_TI, up_TI, activation=ctx.activation)
-        dh_TI, d_down = _backward(
-            h_TI, inner_down_TR, factors[-2:], ctx.frozen[-1:], (gradient,), needs=(True, *needs[-2:])
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+        dx_TH, d_factors = mlp_backward(
+            gradient, (x_TH, inner_TR, made, inner_down_TR), factors, ctx.frozen, activation=ctx.activation, needs=needs
         )
-        del h_TI
-        if dh_TI is None:
-            raise RuntimeError("the gradient of the product was asked for")
-        d_made: tuple[torch.Tensor, ...] = gated_backward(dh_TI, gate_TI, up_TI, activation=ctx.activation)
-        if len(made) == 1:
-            d_made = (torch.cat(d_made, dim=1),)
-        del dh_TI
-        dx_TH, d_first = _backward(x_TH, inner_TR, factors[:-2], ctx.frozen[:-1], d_made, needs=(needs_x, *needs[:-2]))
         dx = None if dx_TH is None else dx_TH.view(ctx.shape).to(ctx.x_dtype)
-        return (dx, None, None, None, *d_first, *d_down)
+        return (dx, None, None, None, *d_factors)
 
 
-def _gate_and_up(made: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def gate_and_up(
+    x_TH: torch.Tensor, frozen: Sequence[Frozen], factors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """X Aᵀ of the layers before the last of `frozen`, (T, sum of ranks), and what they put out, (T, I) each."""
+    first = factors[:-2]
+    inner_TR = x_TH @ _stacked(first[0::2], x_TH.dtype).T
+    parts = inner_TR.split([a.shape[0] for a in first[0::2]], dim=1)
+    made = [
+        _plus(part, x_TH, inner, b.to(x_TH.dtype))
+        for part, inner, b in zip(frozen[:-1], parts, first[1::2], strict=True)
+    ]
+    return inner_TR, made
+
+
+def gated_down(
+    made: Sequence[torch.Tensor], down: Frozen, factors: Sequence[torch.Tensor], *, activation: Activation
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output of an MLP (T, h), and the gated product times the last A, (T, r)."""
+    a, b = factors
+    h_TI = gated(*_halves(made), activation=activation)
+    inner_TR = h_TI @ a.to(h_TI.dtype).T
+    return _plus(down, h_TI, inner_TR, b.to(h_TI.dtype)), inner_TR
+
+
+def mlp_backward(
+    gradient: torch.Tensor,
+    saved: tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor], torch.Tensor | None],
+    factors: Sequence[torch.Tensor],
+    frozen: Sequence[Frozen],
+    *,
+    activation: Activation,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """dX (T, h) or None, and dA, dB of every projection; `needs` says which of x and the factors need one.
+
+    `saved`: X, X Aᵀ, what gate and up put out, and the gated product times the last A (None: not computed yet).
+    """
+    x_TH, inner_TR, made, inner_down_TR = saved
+    gate_TI, up_TI = _halves(made)
+    h_TI = gated(gate_TI, up_TI, activation=activation)
+    if inner_down_TR is None:
+        inner_down_TR = h_TI @ factors[-2].to(h_TI.dtype).T
+    dh_TI, d_down = _backward(h_TI, inner_down_TR, factors[-2:], frozen[-1:], (gradient,), needs=(True, *needs[-2:]))
+    del h_TI
+    if dh_TI is None:
+        raise RuntimeError("the gradient of the product was asked for")
+    d_made: tuple[torch.Tensor, ...] = gated_backward(dh_TI, gate_TI, up_TI, activation=activation)
+    del dh_TI
+    if len(made) == 1:
+        d_made = (torch.cat(d_made, dim=1),)
+    dx_TH, d_first = _backward(x_TH, inner_TR, factors[:-2], frozen[:-1], d_made, needs=needs[:-2])
+    return dx_TH, d_first + d_down
+
+
+def _halves(made: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Two outputs (T, I), or the halves of one (T, 2I)."""
     if len(made) == 1:
         gate_TI, up_TI = made[0].chunk(2, dim=1)

@@ -1,0 +1,199 @@
+"""The MLP of a recomputed layer: the gradients of PEFT's path, in pieces, with fewer products and less memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import FAMILIES, SIZES, SMALL, adapted, distance, step
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lora_tune.model.base import checkpoint_layers
+from lora_tune.model.kernels import recomputed_mlp as recomputed
+from lora_tune.model.kernels.choice import Activation
+from lora_tune.model.kernels.fuse import ACTIVATIONS, fuse
+from lora_tune.model.kernels.projections import Frozen
+
+TOKENS = 3 * 17  # of the batch that `step` takes
+WIDTH = SMALL["intermediate_size"]
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.linear)
+
+
+def checkpointed(model: Any, layers: Literal["all", "none"] | int = "all") -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint_layers(model, layers)
+    return model
+
+
+@pytest.fixture(params=["whole", "in pieces"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "in pieces":
+        monkeypatch.setattr(recomputed, "PIECE_BYTES", 4 * WIDTH * 20)  # three of 17 tokens
+    return str(request.param)
+
+
+@settings(max_examples=40)
+@given(t=SIZES, h=SIZES, inner=SIZES, rank=st.integers(1, 9), piece=st.integers(1, 45), seed=st.integers(0, 99),
+       activation=st.sampled_from(ACTIVATIONS), joined=st.booleans(),
+       asked=st.sampled_from(["all", "x", "factors"]))  # fmt: skip
+def test_an_mlp_of_any_shape_in_any_pieces(
+    t: int, h: int, inner: int, rank: int, piece: int, seed: int, activation: Activation, joined: bool, asked: str
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, t, h, generator=draw, dtype=torch.float64, requires_grad=asked != "factors")
+    shapes = [(2 * inner, h), (h, inner)] if joined else [(inner, h), (inner, h), (h, inner)]
+    weights = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
+    factors = []
+    for out, into in shapes:
+        factors += [torch.randn(rank, into, generator=draw, dtype=torch.float64, requires_grad=asked != "x")]
+        factors += [torch.randn(out, rank, generator=draw, dtype=torch.float64, requires_grad=asked != "x")]
+    parts = [Frozen(w.to, None, 0.5) for w in weights]
+
+    def linear(number: int, value: torch.Tensor) -> torch.Tensor:
+        return value @ weights[number].T + 0.5 * (value @ factors[2 * number].T) @ factors[2 * number + 1].T
+
+    gate, up = linear(0, x).chunk(2, dim=-1) if joined else (linear(0, x), linear(1, x))
+    act = nn.functional.silu(gate) if activation == "silu" else nn.functional.gelu(gate, approximate="tanh")
+    expected = linear(len(parts) - 1, act * up)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recomputed, "PIECE_BYTES", 8 * inner * piece)
+        found = recomputed.recomputed_mlp(
+            x, parts, torch.float64, activation=activation, factors=factors, place=recomputed.Place()
+        )
+        torch.testing.assert_close(found, expected)
+        wanted = [tensor for tensor in (x, *factors) if tensor.requires_grad]
+        both = [torch.autograd.grad(output.cos().sum(), wanted) for output in (expected, found)]
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("family", [family for family, found in FAMILIES.items() if found[1]])
+def test_loss_and_gradients_are_pefts(family: str, pieces: str) -> None:
+    """Norms behind the MLP, too (gemma2, glm4, olmo2), which need what it puts out when the layer is recomputed."""
+    model = adapted(family)
+    own = step(model)
+    fuse(checkpointed(model))
+    loss, gradients = step(model)
+    assert loss == pytest.approx(own[0], rel=1e-5) and distance(gradients, own[1]) < 1e-5
+
+
+def reads(model: Any) -> Counter[str]:
+    """How many products with each frozen weight of the first layer's MLP a step computes."""
+    found: Counter[str] = Counter()
+    layers = dict(model.get_base_model().model.layers[0].mlp.named_children()).items()
+    weights = {layer.base_layer.weight.data_ptr(): name for name, layer in layers if hasattr(layer, "base_layer")}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.overloadpacket in PRODUCTS:
+                tensors = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]
+                found.update(weights[at] for at in {tensor.data_ptr() for tensor in tensors} & weights.keys())
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        step(model)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "first", "later"),
+    [("llama", (3, 3, 2), (3, 3, 2)), ("phi3", (3, 2), (3, 2)), ("gemma2", (4, 4, 3), (3, 3, 3))],
+)
+def test_no_product_of_the_mlp_is_computed_with_the_layer(
+    family: str, first: tuple[int, ...], later: tuple[int, ...]
+) -> None:
+    """Gate and up three times (forward, again, gradient), down twice; all three with the layer where a norm follows."""
+    model = checkpointed(adapted(family))
+    fuse(model)
+    own = step(checkpointed(adapted(family), "none"))
+    for expected in (first, later, later):
+        found = reads(model)
+        assert sorted(found.values(), reverse=True) == sorted(expected, reverse=True)
+        assert found["down_proj"] == expected[-1]
+    assert distance(step(model)[1], own[1]) < 1e-5
+
+
+def test_passes_whose_backward_passes_come_later_do_not_change_each_others_way() -> None:
+    """Two graphs of a model with a norm behind its MLP: what is learned in the first must not change the second."""
+    model = checkpointed(adapted("gemma2"))
+    fuse(model)
+    ids = torch.randint(3, 96, (2, 9))
+    losses = [model(input_ids=ids, labels=ids, use_cache=False).loss for _ in range(2)]
+    for loss in losses:
+        loss.backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for _ in range(2):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    apart = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert distance(together, apart) < 1e-5
+
+
+def largest(model: Any, *, of: Literal["step", "evaluation"]) -> int:
+    """The most elements of a tensor as wide as the MLP that is made."""
+    found = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = function(*args, **(kwargs or {}))
+            for tensor in tree_leaves(made):
+                if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and tensor.shape[-1] == WIDTH:
+                    rows = tensor.numel() // WIDTH
+                    found[0] = max(found[0], tensor.numel() if rows != 48 and rows != 4 else 0)  # not the weights
+            return made
+
+    with Watch():
+        if of == "step":
+            step(model)
+        else:
+            with torch.no_grad():
+                model(input_ids=torch.randint(3, 96, (3, 17)), use_cache=False)
+    return found[0]
+
+
+@pytest.mark.parametrize("of", ["step", "evaluation"])
+def test_what_is_as_wide_as_the_mlp_does_not_grow_with_the_sequences(
+    of: Literal["step", "evaluation"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpointed(adapted("llama"))
+    fuse(model)
+    assert largest(model, of=of) == TOKENS * WIDTH
+    monkeypatch.setattr(recomputed, "PIECE_BYTES", 4 * WIDTH * 10)
+    assert largest(model, of=of) == 9 * WIDTH
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_evaluation_in_pieces_has_pefts_numbers(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Projections, MLPs and norms; bit by bit where everything is one piece."""
+    model = adapted(family).eval()
+    ids = torch.randint(3, 96, (3, 17), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        own = model(input_ids=ids).logits
+        fuse(model)
+        assert torch.equal(model(input_ids=ids).logits, own)
+        monkeypatch.setattr(recomputed, "PIECE_BYTES", 4 * WIDTH * 10)
+        torch.testing.assert_close(model(input_ids=ids).logits, own)
+
+
+def test_the_rows_of_an_evaluation_with_several_adapters_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT is told the adapter of each row: a piece of the tokens has no rows."""
+    model = adapted("llama").eval()
+    ids = torch.randint(3, 96, (2, 17))
+    with torch.no_grad():
+        own = model(input_ids=ids, adapter_names=["default", "__base__"]).logits
+        fuse(model)
+        monkeypatch.setattr(recomputed, "PIECE_BYTES", 4 * WIDTH * 10)
+        layer = model.get_base_model().model.layers[0].self_attn.o_proj
+        x = torch.randn(2, 17, 48)
+        found = layer(x, adapter_names=["default", "__base__"])
+        torch.testing.assert_close(found[1], layer.base_layer(x[1]))
+        assert not torch.allclose(found[0], layer.base_layer(x[0]))
+    assert own.shape == (2, 17, 96)

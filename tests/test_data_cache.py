@@ -8,12 +8,10 @@ import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from lora_tune.data import cache, checking, kept_conversations, overlap, packed_file, store
+from lora_tune.data import cache, checking, columns, kept_conversations, overlap, packed_file, store
 from lora_tune.data.checking import read_conversations
-from lora_tune.data.packing import pack
 from lora_tune.errors import DataError
 from lora_tune.recipe import DataSource, Eval, Limits, Train
 
@@ -334,26 +332,69 @@ def test_the_cache_stays_within_its_size(chat, monkeypatch, own_cache):
         assert sum(kept) - max(kept) <= 60_000 and kept
 
 
-def test_what_stays_in_memory_of_a_row_is_a_hundred_bytes(monkeypatch):
-    """Numbers and hashes, and no text."""
+@pytest.mark.parametrize("time", ["first", "again"])
+def test_what_stays_in_memory_of_a_row_is_some_bytes(monkeypatch, time):
+    """Which rows are trained, and no text: places, hashes and offsets are mapped."""
     monkeypatch.setattr(store, "_IN_MEMORY_BYTES", 1)
-    monkeypatch.setattr(kept_conversations, "WORTH_ROWS", 1 << 40)
+    monkeypatch.setattr(columns, "_BLOCK_BYTES", 1 << 10)
     kept = []
     for count in (600, 1800):
         data = [DataSource(source=write(f"{count}.jsonl", count))]
-        read_conversations(data, hold_out=0, seed=1)
+        read_conversations(data, hold_out=10 if time == "again" else 0, seed=1)
         tracemalloc.start()
         found = read_conversations(data, hold_out=10, seed=1)
         kept.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
         assert len(found.train) == count - 10
-    assert (kept[1] - kept[0]) / 1200 < 100
+    assert (kept[1] - kept[0]) / 1200 < 10
 
 
-def test_packing_takes_some_bytes_a_document():
-    sizes = np.random.default_rng(0).integers(10, 400, 20_000)
-    tracemalloc.start()
-    found = pack(sizes, np.zeros(len(sizes), dtype=bool), max_length=2048, seed=1)
-    kept, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert sum(map(len, found)) == len(sizes) and kept / len(sizes) < 20 and peak / len(sizes) < 100
+def test_what_encoding_and_packing_take_of_a_row_is_some_bytes(chat, monkeypatch):
+    """Rows that are encoded already: the arrays of pieces and their packing."""
+    monkeypatch.setattr(store, "_IN_MEMORY_BYTES", 1)
+    monkeypatch.setattr(columns, "_BLOCK_BYTES", 1 << 10)
+    kept, peaks = [], []
+    for count in (600, 2600):
+        data = [DataSource(source=write(f"{count}.jsonl", count))]
+        for _ in range(2):
+            tracemalloc.start()
+            found = prepare(chat, data, hold_out=0)
+            now, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        kept.append(now)
+        peaks.append(peak)
+        assert len(found[1].documents) == count
+    assert (kept[1] - kept[0]) / 2000 < 40 and (peaks[1] - peaks[0]) / 2000 < 80
+
+
+PACKED_ANEW = {
+    "nothing": {},
+    "seed": {"seed": 2},
+    "max_length": {"max_length": 100},
+    "packing": {"packing": False},
+    "too_long": {"max_length": 20, "too_long": "split"},
+    "weight": {"weight": 2.0},
+    "pack": {"pack": False},
+    "place": {"line": "{}\n"},
+    "content": {"line": '{"prompt": "one more", "completion": "row"}\n'},
+}
+
+
+@pytest.mark.parametrize("change", PACKED_ANEW)
+def test_packed_rows_are_those_of_the_question(change, chat, monkeypatch, own_cache):
+    """After a first run, a changed one gives what it gives with an empty cache, from a packed entry of its own."""
+    data = DataSource(source=write("a.jsonl"), on_bad_row="drop")
+    first = prepare(chat, [data])[1].train
+    keys = dict(PACKED_ANEW[change])
+    text = Path("a.jsonl").read_text()
+    Path("a.jsonl").write_text(keys.pop("line", "") + text)
+    data = data.model_copy(update={key: keys.pop(key) for key in ("weight", "pack") if key in keys})
+    found = []
+    for folder in (own_cache, "another"):
+        monkeypatch.setenv("LORA_TUNE_CACHE", str(folder))
+        found.append(prepare(chat, [data], **keys)[1])
+    rows, fresh = found
+    assert rows.train.to_dict() == fresh.train.to_dict() and rows.ledger == fresh.ledger
+    assert rows.train._fingerprint == fresh.train._fingerprint
+    assert (rows.train.to_dict() == first.to_dict()) == (change == "nothing")
+    assert len(list((own_cache / "packed").glob("*.json"))) == 1 + (change != "nothing")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_tune.data import packing
 from lora_tune.data.packing import best_fit_decreasing, pack
 
 LENGTHS = st.lists(st.integers(1, 64), max_size=200)
@@ -101,3 +104,48 @@ def test_packed_documents_do_not_see_each_other(tiny_base, attention):
                 compared += 1
         torch.testing.assert_close(together.double(), torch.cat(losses).mean(), atol=1e-6, rtol=0)
     assert compared == 12 and leaked
+
+
+def plain_pack(lengths, alone, *, max_length, seed):
+    """Document by document, in lists: the longest first, each into the fullest sequence with room, the last opened or
+    filled first."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    together, single = order[~alone[order]], order[alone[order]]
+    sequences: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]
+    for index in np.argsort(-lengths[together], kind="stable").tolist():
+        length = int(lengths[together][index])
+        room = next((room for room in range(length, max_length + 1) if with_room[room]), None)
+        if room is None:
+            room, number = max_length, len(sequences)
+            sequences.append([])
+        else:
+            number = with_room[room].pop()
+        sequences[number].append(int(together[index]))
+        with_room[room - length].append(number)
+    sequences += [[int(index)] for index in single]
+    return [sequences[i] for i in rng.permutation(len(sequences))]
+
+
+@given(st.integers(0, 300), st.integers(1, 64), st.sampled_from([0, 0.3, 1]), st.integers(0, 10_000))
+@settings(max_examples=100, deadline=None)
+def test_the_packing_is_that_of_one_document_after_another(count, longest, share, seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, count).astype(np.int32)
+    alone = rng.random(count) < share
+    for at_once in (7, 1 << 16):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packing, "_AT_ONCE", at_once)
+            found = pack(lengths, alone, max_length=64, seed=seed)
+        assert [sequence.tolist() for sequence in found] == plain_pack(lengths, alone, max_length=64, seed=seed)
+
+
+def test_packing_takes_some_bytes_a_document(monkeypatch):
+    monkeypatch.setattr(packing, "_AT_ONCE", 1 << 9)
+    sizes = np.random.default_rng(0).integers(10, 400, 20_000).astype(np.int32)
+    tracemalloc.start()
+    found = pack(sizes, np.zeros(len(sizes), dtype=bool), max_length=2048, seed=1)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(map(len, found)) == len(sizes) and kept / len(sizes) < 8 and peak / len(sizes) < 40

@@ -60,6 +60,13 @@ class Pieces:
             return ids[start:end], mask
         return ids[:end], mask[:end]
 
+    def gathered(self, rows: TokenFile, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids and mask as `tokens`, of the pieces at `indices` one behind the other."""
+        start, end = self.start[indices], self.end[indices]
+        ids, mask = rows.gathered(self.row[indices], start, end)
+        mask[(np.cumsum(end - start) - (end - start))[start > 0]] = 0
+        return ids, mask
+
 
 class Documents(Sequence[TokenRow]):
     """Pieces as token rows with their places; each is read from disk when it is asked for."""

@@ -91,10 +91,9 @@ def _write(path: Path, sequences: Packed, pieces: Pieces, rows: TokenFile, conve
         for start in range(0, len(sequences), _CHUNK):
             ends = sequences.ends[start : start + _CHUNK + 1]
             flat = sequences.indices[ends[0] : ends[-1]]
-            tokens = [pieces.tokens(rows, index) for index in flat.tolist()]
-            ids = np.concatenate([ids for ids, _ in tokens])
-            labels = np.where(np.concatenate([mask for _, mask in tokens]), ids, np.int32(IGNORED))
-            lengths = np.array([len(ids) for ids, _ in tokens], dtype=np.int32)
+            ids, mask = pieces.gathered(rows, flat)
+            labels = np.where(mask, ids, np.int32(IGNORED))
+            lengths = pieces.end[flat] - pieces.start[flat]
             edges = np.concatenate([[0], np.cumsum(lengths)])[ends - ends[0]]
             digest.update(ids.tobytes() + labels.tobytes() + lengths.tobytes())
             stood = conversations.indices[rows.conversation[pieces.row[flat]]]

@@ -43,7 +43,7 @@ _FIELDS = (("conversation", "<i4"), ("length", "<i4"), ("trained", "<i4"), ("not
 
 @dataclass
 class TokenFile:
-    """Token rows, all mapped from disk: arrays over rows (N,) int32, and flat arrays of all tokens of a batch.
+    """Token rows, all mapped from disk: arrays over rows (N,) int32, and all tokens.
 
     `conversation`, `length`, `trained` (number of trained tokens), `notes`. `errors`: {conversation: why the template
     cannot render it}. `sha256` is that of the file.
@@ -55,20 +55,55 @@ class TokenFile:
     notes: np.ndarray
     errors: dict[int, str]
     sha256: str
-    _batches: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]  # first row, offsets, ids, mask
+    _tokens: _Tokens
 
     def __len__(self) -> int:
         return len(self.conversation)
 
     def tokens(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """ids (T,) int32 and mask (T,) uint8 of a row, without a copy."""
-        low, high = 0, len(self._batches) - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._batches[middle][0] <= row else (low, middle - 1)
-        first, offsets, ids, mask = self._batches[low]
-        start, end = offsets[row - first], offsets[row - first + 1]
-        return ids[start:end], mask[start:end]
+        return self._tokens.of(row, int(self.length[row]))
+
+    def gathered(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids and mask of tokens `starts` to `ends` of `rows` (N,), one behind the other, as copies."""
+        return self._tokens.gathered(rows, starts, ends)
+
+
+class _Tokens:
+    """The tokens in a mapped Arrow stream, whose buffers are found by where they stand in the file."""
+
+    def __init__(self, path: Path) -> None:
+        whole = pa.memory_map(str(path)).read_buffer()
+        self._numbers, self._ids, self._mask = (
+            np.frombuffer(whole, dtype, count=whole.size // np.dtype(dtype).itemsize) for dtype in ("<i8", "<i4", "u1")
+        )
+        starts: list[tuple[int, int, int, int]] = []  # of each batch: first row, then offsets, ids and mask in the file
+        rows = 0
+        with pa.ipc.open_stream(pa.BufferReader(whole)) as stream:
+            for batch in stream:
+                ids, mask = (batch.column(name) for name in ("ids", "mask"))
+                buffers = (ids.buffers()[1], ids.values.buffers()[1], mask.values.buffers()[1])
+                starts.append((rows, *(buffer.address - whole.address if buffer else 0 for buffer in buffers)))
+                rows += batch.num_rows
+        found = np.array(starts, dtype=np.int64).reshape(-1, 4) // (1, 8, 4, 1)
+        self._first, self._at = found[:, 0].copy(), found[:, 1:]
+
+    def of(self, row: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids (T,) and mask (T,) of a row, without a copy."""
+        batch = int(self._first.searchsorted(row, side="right")) - 1
+        offsets, ids, mask = self._at[batch].tolist()
+        start = int(self._numbers[offsets + row - int(self._first[batch])])
+        return self._ids[ids + start : ids + start + length], self._mask[mask + start : mask + start + length]
+
+    def gathered(self, rows: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids and mask of tokens `starts` to `ends` of `rows`, one behind the other."""
+        batch = self._first.searchsorted(rows, side="right") - 1
+        at = self._at[batch]
+        lengths = (ends - starts).astype(np.int64)
+        begin = self._numbers[at[:, 0] + rows - self._first[batch]] + starts - (np.cumsum(lengths) - lengths)
+        place = np.arange(lengths.sum())
+        ids = self._ids[np.repeat(at[:, 1] + begin, lengths) + place]
+        return ids, self._mask[np.repeat(at[:, 2] + begin, lengths) + place]
 
 
 def token_file(
@@ -163,18 +198,10 @@ def _batch(rows: Sequence[TokenRow], conversations: Sequence[int], numbers: Colu
 
 def _open(path: Path, note: Mapping[str, Any], *, errors: dict[int, str]) -> TokenFile:
     """The file mapped: tokens and numbers."""
-    batches = []
-    first = 0
-    with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
-        for batch in stream:
-            ids, mask = (batch.column(name) for name in ("ids", "mask"))
-            batches.append((first, ids.offsets.to_numpy(), ids.values.to_numpy(), mask.values.to_numpy()))
-            first += batch.num_rows
     rows = int(note["rows"])
     with open(path, "rb") as file:
         numbers = Columns(_FIELDS)
         file.seek(-rows * numbers.dtype.itemsize, os.SEEK_END)
         found = Columns.read(file, _FIELDS, rows=rows).rows()
-    return TokenFile(
-        found["conversation"], found["length"], found["trained"], found["notes"], errors, note["sha256"], batches
-    )
+    columns = (found["conversation"], found["length"], found["trained"], found["notes"])
+    return TokenFile(*columns, errors, note["sha256"], _Tokens(path))

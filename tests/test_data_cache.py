@@ -354,7 +354,7 @@ def test_what_encoding_and_packing_take_of_a_row_is_some_bytes(chat, monkeypatch
     monkeypatch.setattr(store, "_IN_MEMORY_BYTES", 1)
     monkeypatch.setattr(columns, "_BLOCK_BYTES", 1 << 10)
     kept, peaks = [], []
-    for count in (600, 2600):
+    for count in (300, 1500):
         data = [DataSource(source=write(f"{count}.jsonl", count))]
         for _ in range(2):
             tracemalloc.start()
@@ -364,7 +364,7 @@ def test_what_encoding_and_packing_take_of_a_row_is_some_bytes(chat, monkeypatch
         kept.append(now)
         peaks.append(peak)
         assert len(found[1].documents) == count
-    assert (kept[1] - kept[0]) / 2000 < 40 and (peaks[1] - peaks[0]) / 2000 < 80
+    assert (kept[1] - kept[0]) / 1200 < 40 and (peaks[1] - peaks[0]) / 1200 < 80
 
 
 PACKED_ANEW = {

@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_tune.data import columns, split
+from lora_tune.data import columns, split, token_file
+from lora_tune.data.chat_template import NOTES, RowError, TokenRow
 from lora_tune.data.columns import Columns
 from lora_tune.data.conversation import Conversation, Message
+from lora_tune.data.fit import Pieces
 from lora_tune.data.leakage import refuse_leaks
 from lora_tune.data.overlap import COMMON, overlap
 from lora_tune.data.split import at_most, contradictions, epoch_copies, hold_out_some, ranks, repeats
@@ -177,3 +179,51 @@ def test_a_passage_of_a_template_is_forgotten_when_it_is_common():
             found.append(overlap(rows, evaluated, passage=8))
     assert [one.as_json() for one in found[1:]] == [found[0].as_json()] * 2
     assert found[0].common and found[0].touched == 1 and COMMON < 32
+
+
+class Given:
+    """In the place of a chat template: rows that are there already."""
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def rows(self, numbers, *, loss_on):
+        return [self.entries[number] for number in numbers]
+
+
+def made_up(rng, lengths):
+    return [
+        TokenRow(rng.integers(0, 99, length).astype(np.int32), rng.random(length) < 0.5, 0, "a", 1, frozenset(notes))
+        for length, notes in zip(lengths, ([], ["per_turn"], ["straddles", "control_tokens"]) * 9, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tokens_come_back_row_by_row_and_all_at_once(seed, tmp_path, monkeypatch):
+    """Conversations of no row, one or some, rows without a token, refused ones; over many batches; cut to pieces."""
+    rng, entries = np.random.default_rng(seed), []
+    for _ in range(rng.integers(1, 60)):
+        longest = rng.choice([1, 6, 40])  # below 1 and by chance: batches without any token
+        lengths = rng.integers(0, longest, rng.integers(0, 4)).tolist()
+        entries.append(made_up(rng, lengths) if rng.random() < 0.9 else RowError("refused"))
+    monkeypatch.setattr(token_file, "_CHUNK", int(rng.integers(1, 9)))
+    note = {**token_file._encode(tmp_path / "a", range(len(entries)), Given(entries), "all"), "sha256": ""}
+    found = token_file._open(tmp_path / "a", note, errors=note["errors"])
+    kept = [(number, row) for number, entry in enumerate(entries) if isinstance(entry, list) for row in entry]
+    assert list(found.errors) == [number for number, entry in enumerate(entries) if isinstance(entry, RowError)]
+    assert found.conversation.tolist() == [number for number, _ in kept] and len(found) == len(kept)
+    for place, (_, row) in enumerate(kept):
+        ids, mask = found.tokens(place)
+        trained = row.mask & (np.arange(len(row.mask)) > 0)
+        assert ids.tolist() == row.input_ids.tolist() and mask.tolist() == trained.tolist()
+        assert (found.length[place], found.trained[place]) == (len(ids), trained.sum())
+        assert {note for bit, note in enumerate(NOTES) if found.notes[place] >> bit & 1} == row.notes
+    some = np.flatnonzero(found.length > 0)
+    row = rng.permutation(np.repeat(some, 2)).astype(np.int32)
+    start = (rng.random(len(row)) * found.length[row]).astype(np.int32)
+    end = start + 1 + (rng.random(len(row)) * (found.length[row] - start)).astype(np.int32)
+    pieces, indices = Pieces(row, start, end), rng.permutation(len(row))
+    ids, mask = pieces.gathered(found, indices)
+    one_by_one = [pieces.tokens(found, index) for index in indices.tolist()]
+    assert ids.tolist() == [token for ids, _ in one_by_one for token in ids.tolist()]
+    assert mask.tolist() == [token for _, mask in one_by_one for token in mask.tolist()]

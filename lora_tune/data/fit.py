@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
@@ -118,7 +119,7 @@ class Fitting:
 
     def __init__(self, conversations: StoredConversations, rows: TokenFile, ledger: Ledger, *, max_length: int) -> None:
         self._conversations, self._rows, self._ledger, self._max_length = conversations, rows, ledger, max_length
-        self._found: list[tuple[int, int, int]] = []
+        self._found = array("i")  # row, start and end of each piece that is no whole row
         self._why_none: dict[int, str] = dict.fromkeys(rows.errors, "refused by the chat template")
 
     def pieces(self, too_long: TooLong) -> Pieces:
@@ -142,7 +143,7 @@ class Fitting:
         whole = np.flatnonzero(fits).astype(np.int32)
         found = Pieces(whole, np.zeros(len(whole), np.int32), rows.length[whole])
         if self._found:
-            cut = np.array(self._found, dtype=np.int32)
+            cut = np.frombuffer(self._found, dtype=np.intc).reshape(-1, 3)
             number = np.concatenate([found.row, cut[:, 0]])
             start = np.concatenate([found.start, cut[:, 1]])
             end = np.concatenate([found.end, cut[:, 2]])
@@ -180,7 +181,7 @@ class Fitting:
         self._why_none.setdefault(int(self._rows.conversation[row]), why)
 
     def _keep(self, row: int, start: int, end: int, account: SourceLedger) -> None:
-        self._found.append((row, start, end))
+        self._found.extend((row, start, end))
         account.token_rows += 1
         account.tokens_kept += end - start
         mask = self._rows.tokens(row)[1]

@@ -12,6 +12,7 @@ other without a word: a forward pass over packed rows needs `use_cache=False`, a
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,10 +33,9 @@ class Packed:
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def __getitem__(self, number: int) -> np.ndarray:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        return self.indices[self.ends[number] : self.ends[number + 1]]
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for number in range(len(self)):
+            yield self.indices[self.ends[number] : self.ends[number + 1]]
 
 
 def best_fit_decreasing(lengths: np.ndarray, *, max_length: int) -> Packed:

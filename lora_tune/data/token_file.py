@@ -77,13 +77,13 @@ class _Tokens:
         self._numbers, self._ids, self._mask = (
             np.frombuffer(whole, dtype, count=whole.size // np.dtype(dtype).itemsize) for dtype in ("<i8", "<i4", "u1")
         )
-        starts: list[tuple[int, int, int, int]] = []  # of each batch: first row, then offsets, ids and mask in the file
+        starts: list[list[int]] = []  # of each batch: first row, then where offsets, ids and mask stand in the file
         rows = 0
         with pa.ipc.open_stream(pa.BufferReader(whole)) as stream:
             for batch in stream:
                 ids, mask = (batch.column(name) for name in ("ids", "mask"))
                 buffers = (ids.buffers()[1], ids.values.buffers()[1], mask.values.buffers()[1])
-                starts.append((rows, *(buffer.address - whole.address if buffer else 0 for buffer in buffers)))
+                starts.append([rows, *(buffer.address - whole.address if buffer else 0 for buffer in buffers)])
                 rows += batch.num_rows
         found = np.array(starts, dtype=np.int64).reshape(-1, 4) // (1, 8, 4, 1)
         self._first, self._at = found[:, 0].copy(), found[:, 1:]

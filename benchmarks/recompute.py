@@ -18,8 +18,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -29,10 +30,10 @@ import torch
 from benchmarks.machine import machine, versions
 from benchmarks.peers.protocol import LIBRARIES
 from benchmarks.step import SHAPES, write_base
+from lora_tune.model import pieces
 from lora_tune.model.attention import use_varlen
 from lora_tune.model.base import checkpoint_layers, load_base
 from lora_tune.model.kernels import fuse as fusing
-from lora_tune.model.kernels import recomputed_mlp
 from lora_tune.model.methods import attach
 from lora_tune.model.source import find_base
 from lora_tune.recipe import Base, Lora
@@ -73,30 +74,38 @@ class Side:
                 .model(input_ids=ids_BT, position_ids=places, use_cache=False, **lengths)
                 .last_hidden_state
             )
-        loss = hidden.float().square().mean()  # the head has a benchmark of its own
+        loss = hidden[:, -1].float().square().mean()  # the head has a benchmark of its own
         loss.backward()
         seconds = time.process_time() - began
         self.model.zero_grad()
-        return seconds, float(loss)
+        return seconds, loss.item()
 
-    def peak_mib(self, tokens: int) -> float:
-        """The most that was allocated at once during a step, beyond what was there before."""
-        gc.collect()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-            self.step(tokens)
-        events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-        held = most = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            most = max(most, held)
-        return most / MIB
+    def evaluate(self, tokens: int) -> None:
+        """A pass without gradients over one document, as the held-out loss is computed."""
+        model = self.model.eval()
+        with torch.no_grad():
+            model.get_base_model().model(input_ids=torch.full((1, tokens), 3), use_cache=False)
+        model.train()
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that PyTorch allocated on the CPU at once during some work, beyond what was there before."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 @contextmanager
 def pieces_of_8b(shape: str) -> Iterator[None]:
     """As many tokens in a piece as those of an 8B Llama."""
-    size = recomputed_mlp.PIECE_BYTES * SHAPES[shape]["intermediate_size"] // WIDTH_8B
-    with patch.object(recomputed_mlp, "PIECE_BYTES", size):
+    size = pieces.PIECE_BYTES * SHAPES[shape]["intermediate_size"] // WIDTH_8B
+    with patch.object(pieces, "PIECE_BYTES", size):
         yield
 
 
@@ -111,12 +120,14 @@ def measure(folder: Path, quantize: Literal["none", "nf4"], *, tokens: int, long
             seconds[side.name].append(took)
     medians = {name: round(statistics.median(found[WARM_UP:]), 3) for name, found in seconds.items()}
     with pieces_of_8b("small"):
-        peaks = {side.name: round(side.peak_mib(long), 1) for side in sides}
+        peaks = {side.name: peak_bytes(partial(side.step, long)) for side in sides}
+        evaluations = {side.name: peak_bytes(partial(side.evaluate, long)) for side in sides}
     ratios = {f"pieces_over_{name}": round(medians[name] / medians["pieces"], 3) for name in SIDES[:2]}
     away = max(abs(losses[name] / losses["peft"] - 1) for name in SIDES)
     return {"quantize": quantize, "tokens": tokens, "cpu_s": medians, **ratios, "losses_differ_by": away,
-            "long_tokens": long, "peak_mib": peaks,
-            "bytes_a_token": {name: round(peak * MIB / long) for name, peak in peaks.items()}}  # fmt: skip
+            "long_tokens": long, "peak_mib": {name: round(peak / MIB, 1) for name, peak in peaks.items()},
+            "bytes_a_token": {name: round(peak / long) for name, peak in peaks.items()},
+            "bytes_a_token_evaluated": {name: round(peak / long) for name, peak in evaluations.items()}}  # fmt: skip
 
 
 def main() -> int:

@@ -42,6 +42,7 @@ from lora_tune.evaluation.losses import row_losses
 from lora_tune.evaluation.questions import Question, as_question
 from lora_tune.evaluation.rank import Choice, choice_scores, ranked_rows
 from lora_tune.model import decoding as loop
+from lora_tune.model import generation
 from lora_tune.model.decoding import Decoding, has_plain_cache
 from lora_tune.model.generation import Answer, answer_batches, generate
 
@@ -108,6 +109,28 @@ def test_batches_answer_as_transformers_does_row_by_row(name: str, chat: ChatTem
     assert [list(answer.ids) for answer in found] == expected
     if name == "llama":
         assert 1 < sum(answer.stopped for answer in found) < 9, "some rows must end early and some not"
+
+
+@pytest.mark.parametrize("name", WITH_CACHE)
+def test_a_row_too_long_for_the_device_has_the_same_answer(
+    name: str, chat: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys and values are kept in the machine's memory, after rows together and alone did not fit."""
+    model, asked = model_of(name), prompts(5)
+    expected = generate(model, chat, asked, max_new_tokens=14)
+    tried: list[tuple[int, str]] = []
+
+    def decode(base: Any, ids: Any, mask: Any, *, held: Any, **given: Any) -> Any:
+        tried.append((len(ids), held))
+        if held == "device" and ids.shape[1] > 12:
+            raise torch.OutOfMemoryError
+        return loop.decode(base, ids, mask, held=held, **given)
+
+    monkeypatch.setattr(generation, "decode", decode)
+    assert generate(model, chat, asked, max_new_tokens=14) == expected
+    assert (
+        (5, "device") in tried and (1, "host") in tried and all(count == 1 for count, held in tried if held == "host")
+    )
 
 
 def test_rows_that_have_ended_leave_the_batch(chat: ChatTemplate, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def test_batches_stay_within_the_cache_and_progress_counts_rows(
 
     monkeypatch.setattr(model, "forward", watched)
     per_token = 2 * 2 * 32 * 4  # keys and values, two layers, two heads of 16, float32
-    monkeypatch.setattr(generation, "_CACHE_BYTES", 150 * per_token)
+    monkeypatch.setattr(generation, "CACHE_BYTES", 150 * per_token)
     counts: list[int] = []
     assert generate(model, chat, asked, max_new_tokens=4, progress=counts.append) == unbounded
     assert sum(counts) == 20 and len(counts) > 5

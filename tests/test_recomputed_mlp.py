@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lora_tune.model import pieces
 from lora_tune.model.base import checkpoint_layers
 from lora_tune.model.kernels import recomputed_mlp as recomputed
 from lora_tune.model.kernels.choice import Activation
@@ -34,9 +35,9 @@ def checkpointed(model: Any, layers: Literal["all", "none"] | int = "all") -> An
 
 
 @pytest.fixture(params=["whole", "in pieces"])
-def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def how_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "in pieces":
-        monkeypatch.setattr(recomputed, "PIECE_BYTES", 4 * WIDTH * 20)  # three of 17 tokens
+        monkeypatch.setattr(pieces, "PIECE_BYTES", 4 * WIDTH * 20)  # three of 17 tokens
     return str(request.param)
 
 
@@ -64,7 +65,7 @@ def test_an_mlp_of_any_shape_in_any_pieces(
     act = nn.functional.silu(gate) if activation == "silu" else nn.functional.gelu(gate, approximate="tanh")
     expected = linear(len(parts) - 1, act * up)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recomputed, "PIECE_BYTES", 8 * inner * piece)
+        patch.setattr(pieces, "PIECE_BYTES", 8 * inner * piece)
         found = recomputed.recomputed_mlp(
             x, parts, torch.float64, activation=activation, factors=factors, place=recomputed.Place()
         )
@@ -76,7 +77,7 @@ def test_an_mlp_of_any_shape_in_any_pieces(
 
 
 @pytest.mark.parametrize("family", [family for family, found in FAMILIES.items() if found[1]])
-def test_loss_and_gradients_are_pefts(family: str, pieces: str) -> None:
+def test_loss_and_gradients_are_pefts(family: str, how_many: str) -> None:
     """Norms behind the MLP, too (gemma2, glm4, olmo2), which need what it puts out when the layer is recomputed."""
     model = adapted(family)
     own = step(model)
@@ -166,7 +167,7 @@ def test_what_is_as_wide_as_the_mlp_does_not_grow_with_the_sequences(
     model = checkpointed(adapted("llama"))
     fuse(model)
     assert largest(model, of=of) == TOKENS * WIDTH
-    monkeypatch.setattr(recomputed, "PIECE_BYTES", 4 * WIDTH * 10)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 4 * WIDTH * 10)
     assert largest(model, of=of) == 9 * WIDTH
 
 
@@ -179,7 +180,7 @@ def test_an_evaluation_in_pieces_has_pefts_numbers(family: str, monkeypatch: pyt
         own = model(input_ids=ids).logits
         fuse(model)
         assert torch.equal(model(input_ids=ids).logits, own)
-        monkeypatch.setattr(recomputed, "PIECE_BYTES", 4 * WIDTH * 10)
+        monkeypatch.setattr(pieces, "PIECE_BYTES", 4 * WIDTH * 10)
         torch.testing.assert_close(model(input_ids=ids).logits, own)
 
 
@@ -190,7 +191,7 @@ def test_the_rows_of_an_evaluation_with_several_adapters_stay_together(monkeypat
     with torch.no_grad():
         own = model(input_ids=ids, adapter_names=["default", "__base__"]).logits
         fuse(model)
-        monkeypatch.setattr(recomputed, "PIECE_BYTES", 4 * WIDTH * 10)
+        monkeypatch.setattr(pieces, "PIECE_BYTES", 4 * WIDTH * 10)
         layer = model.get_base_model().model.layers[0].self_attn.o_proj
         x = torch.randn(2, 17, 48)
         found = layer(x, adapter_names=["default", "__base__"])

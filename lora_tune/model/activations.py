@@ -76,6 +76,7 @@ _SETS = {
     "gpt2": _GPT2, "gpt_bigcode": _GPT2, "qwen3_moe": _EIGHT_NORMED, "glm4_moe": _EIGHT_NORMED,
     "gpt_oss": _Set(query=(8, 16), key_value=(0, 0), scores=(2, 4)),
 }  # fmt: skip
+_FOLLOWED = ("gemma2", "gemma3", "gemma3_text", "glm4", "olmo2", "exaone4")
 _EXPERT = {"gpt_oss": (12, 24)}  # bytes for each unit of an expert's width; 6 and 12 elsewhere
 
 
@@ -145,11 +146,27 @@ def _fused(shape: Shape, found: _Set, *, element: int, lora: Lora, kernels: Kern
     if element == 2:  # a float32 stream has no second copy
         saved += 2 * found.rms * shape.hidden
         saved += 2 * (shape.query + shape.key_value) if found.head_norms == "yes" else 0
-    mlp = [linear for linear in shape.linears if linear.name in _MLP]
-    plain = kernels == "auto" and lora.method in _PLAIN and not lora.dropout
-    if found.gated == "yes" and plain and all(is_target(linear, lora) for linear in mlp):
+    if fuses_mlp(shape, lora=lora, kernels=kernels):
         saved += 2 * element * (shape.shared_intermediate if shape.routed else shape.active_intermediate)
     return saved
+
+
+def fuses_mlp(shape: Shape, *, lora: Lora, kernels: Kernels) -> bool:
+    """Whether the MLPs are computed by the fused function: gated, plain LoRA on all of their layers."""
+    mlp = [linear for linear in shape.linears if linear.name in _MLP]
+    plain = kernels == "auto" and lora.method in _PLAIN and not lora.dropout
+    gated = _SETS.get(shape.model_type, _LLAMA).gated == "yes"
+    return gated and plain and all(is_target(linear, lora) for linear in mlp)
+
+
+def is_followed(shape: Shape) -> bool:
+    """Whether a norm that keeps its input stands behind the MLP."""
+    return shape.model_type in _FOLLOWED
+
+
+def gate_and_up_bytes(shape: Shape, *, element: int) -> int:
+    """Bytes a token of what gate and up put out, which a fused MLP keeps."""
+    return 2 * element * shape.active_intermediate
 
 
 def _adapters(shape: Shape, element: int, lora: Lora, mask: int) -> int:

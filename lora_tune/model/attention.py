@@ -76,7 +76,7 @@ def _not_for(config: Any) -> str:
         return f"transformers computes attention of this model by {config._attn_implementation}"
     if others := sorted(set(_kinds(config)) - {"full_attention", "sliding_attention"}):
         return f"the model has layers of {others[0]}"
-    if getattr(config, "attention_dropout", 0):
+    if any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop")):
         return "the model has dropout in its attention"
     return ""
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from lora_tune.model.host_cache import host_cache
+
+Held = Literal["device", "host"]
 _ASK_EVERY = 8  # tokens between two looks at which rows have ended, on a GPU; at every token on a CPU
 _LEAVE_SHARE = 8  # rows leave when one in so many has ended: cutting the cache costs about as much as one step
 
@@ -44,8 +47,11 @@ def decode(
     rows: Sequence[int],
     stop_ids: Sequence[int],
     decoding: Decoding,
+    held: Held = "device",
 ) -> list[list[int]]:
     """New token ids of every prompt, up to `max_new_tokens`; what follows a row's first stop token is arbitrary.
+
+    `held`: where keys and values are kept; in the machine's memory those of a single row.
 
     `ids_BT` and `mask_BT` are padded on the left; `rows` are the numbers of the rows (B), which seed their random
     numbers. The model must be in evaluation mode, without gradients.
@@ -59,7 +65,7 @@ def decode(
     mask_BL = torch.cat([mask_BT, mask_BT.new_ones((batch, most))], dim=1)
     place_B1 = mask_BT.sum(dim=1, keepdim=True)
     inputs: dict[str, Any] = {"input_ids": ids_BT, "position_ids": (mask_BT.cumsum(dim=1) - 1).clamp(min=0)}
-    cache = DynamicCache(config=base.config)
+    cache = DynamicCache(config=base.config) if held == "device" else host_cache(base.config, room=length + most)
     alive = torch.arange(batch, device=device)  # numbers of the rows that are still in the batch
     ended = torch.zeros(batch, dtype=torch.bool, device=device)
     ask_every = 1 if device.type == "cpu" else _ASK_EVERY

@@ -1,8 +1,8 @@
 """Bytes of a run by part, from the shape of its base and the recipe.
 
 Weights by quantization; adapters, gradients and optimizer states by parameter; kept activations as counted by
-saved-tensor hooks (`activations.py`). Temporaries of one layer's backward pass (4I + 6h per token) and 0.5 GiB for the
-CUDA context, cuBLAS and fragmentation are estimates.
+saved-tensor hooks (`activations.py`). Temporaries of one layer's backward pass (4I + 6h per token; `pieces.py` where
+all layers are recomputed) and 0.5 GiB for the CUDA context, cuBLAS and fragmentation are estimates.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lora_tune.errors import Problem, UsageError
 from lora_tune.model.activations import (
     Kernels,
+    gate_and_up_bytes,
     has_latents,
     input_bytes,
     is_target,
@@ -26,6 +27,7 @@ from lora_tune.model.cards import Card
 from lora_tune.model.counted_attention import counted_attention, reads_lengths
 from lora_tune.model.device import Device
 from lora_tune.model.meta_shape import shape_of
+from lora_tune.model.pieces import backward_bytes, cache_bytes, evaluation_bytes, keeps_input_alone
 from lora_tune.model.shape import Shape
 from lora_tune.model.sharding import ADAPTER_BYTES, gathered_units, held_adapter, held_base
 from lora_tune.model.strategy import STRATEGIES, Layout
@@ -140,11 +142,15 @@ def parts_gib(job: Job, choice: Choice) -> dict[str, float]:
 
 
 def formula_gib(job: Job, choice: Choice) -> dict[str, float]:
-    """GiB by part as the formulas give them: of training, or of evaluation where that needs more."""
-    training = _training(job, choice)
-    evaluation = _evaluation(job, choice)
-    larger = training if sum(training.values()) >= sum(evaluation.values()) else evaluation
-    return {name: size / GIB for name, size in larger.items()}
+    """GiB by part as the formulas give them: of training, or of evaluation where that may need more."""
+    training, evaluation = (
+        {name: size / GIB for name, size in parts(job, choice).items()} for parts in (_training, _evaluation)
+    )
+
+    def at_most(parts: dict[str, float]) -> float:
+        return sum(parts.values()) + uncertainty_gib(job, parts)
+
+    return training if at_most(training) >= at_most(evaluation) else evaluation
 
 
 def uncertainty_gib(job: Job, parts: Mapping[str, float]) -> float:
@@ -193,11 +199,15 @@ def _training(job: Job, choice: Choice) -> dict[str, float]:
         checkpointed=choice.checkpointed,
         kernels=job.kernels,
     )
+    layer = _layer_buffers(job, tokens)
+    if choice.checkpointed == shape.layers and keeps_input_alone(shape, lora=job.lora, kernels=job.kernels):
+        one_set -= tokens * gate_and_up_bytes(shape, element=element)
+        layer = backward_bytes(shape, tokens, element=element) + _dequantized(job)
     recomputed = choice.checkpointed * input_bytes(shape, tokens=tokens, element=element)
     recomputed += max(shape.layers - choice.checkpointed, 1) * one_set
     away = offloaded_bytes(job, choice)
     kept, recomputed = kept - away, recomputed - away
-    head, layer = _loss_head(job, tokens), _layer_buffers(job, tokens)
+    head = _loss_head(job, tokens)
     return _held(job, choice) | {
         "activations": kept,
         "loss_head": head,
@@ -232,20 +242,24 @@ def offloaded_bytes(job: Job, choice: Choice) -> int:
 def _evaluation(job: Job, choice: Choice) -> dict[str, float]:
     """Bytes by part while the held-out loss is computed, or an answer is generated, between steps.
 
-    On a GPU batches are halved until they fit, so that one row of `max_length` tokens is what must; adapters run in
-    float32 there. Keys and values of a row that is generated are less than its logits and temporaries here.
+    On a GPU batches are halved until they fit, so that one row of `max_length` tokens is what must. An answer to a
+    prompt as long as that needs its keys and values beside what a pass over it takes.
     """
     shape, element, length = job.shape, job.element, job.train.max_length
     tokens = length if job.device == "cuda" else max(length, _EVALUATED_TOKENS)
     logits = length * shape.vocabulary * element + min(length, _LOSS_POSITIONS) * shape.vocabulary * (element + 8)
     if has_plain_head(job):
         logits = min(logits, int(_loss_tile(job, length)))
-    temporaries = tokens * (shape.active_intermediate * (2 * element + 12) + shape.hidden * (2 * element + 4))
+    loss, answer = (
+        evaluation_bytes(shape, rows, element=element, lora=job.lora, kernels=job.kernels) for rows in (tokens, length)
+    )
+    cache = cache_bytes(shape, length, element=element)
+    answers = answer + cache > loss + logits
     return _held(job, choice) | {
         "gradients": 0.0,
-        "activations": 0.0,
-        "loss_head": float(logits),
-        "buffers": temporaries + _dequantized(job),
+        "activations": float(cache) if answers else 0.0,
+        "loss_head": 0.0 if answers else float(logits),
+        "buffers": (answer if answers else loss) + _dequantized(job),
         "runtime": RUNTIME_GIB * GIB,
     }
 

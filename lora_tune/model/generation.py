@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from lora_tune.errors import UsageError
-from lora_tune.model.decoding import Decoding, decode, has_plain_cache
+from lora_tune.model.decoding import Decoding, Held, decode, has_plain_cache
+from lora_tune.model.pieces import CACHE_BYTES
 from lora_tune.model.shape import read_shape
 
 if TYPE_CHECKING:
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from lora_tune.data.chat_template import ChatTemplate
 
 _BATCH_TOKENS = 16_384  # padded prompt and answer tokens of one batch, at most
-_CACHE_BYTES = 2**30  # its KV cache, at most: 8,192 tokens of an 8B base with grouped queries, 2,048 of Llama-2-7B
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +101,27 @@ def answer_batches(
         answers: dict[int, Answer] = {}
 
         def answer(rows: list[int], answers: dict[int, Answer] = answers) -> None:
-            new_ids = _new_ids(base, chat, [prompts[row] for row in rows], rows=rows, decoding=decoding)
+            asked = [prompts[row] for row in rows]
+            new_ids = _fitting(partial(_new_ids, base, chat, asked, rows=rows, decoding=decoding), base, len(rows))
             answers.update({row: _answer(chat, new_T) for row, new_T in zip(rows, new_ids, strict=True)})
 
         with evaluating(model):
             in_halves(batch, answer)
         yield answers
+
+
+def _fitting(answer: Callable[..., list[list[int]]], base: PreTrainedModel, rows: int) -> list[list[int]]:
+    """New token ids; of one row whose keys and values are too much for the device, with them in the machine's memory.
+
+    Raises torch.OutOfMemoryError where that is not enough, or there are several rows.
+    """
+    try:
+        return answer(held="device")
+    except torch.OutOfMemoryError:
+        if rows > 1 or not has_plain_cache(base):
+            raise
+    torch.cuda.empty_cache()  # behind the handler, which holds the tensors of the failed attempt
+    return answer(held="host")
 
 
 def _new_ids(
@@ -115,11 +131,13 @@ def _new_ids(
     *,
     rows: Sequence[int],
     decoding: Decoding,
+    held: Held,
 ) -> list[list[int]]:
     """New token ids of the prompts of one batch, by our own loop or, for other architectures, by transformers'."""
     ids_BT, mask_BT = _left_padded(prompts, chat.pad_id, device=base.device)
     if has_plain_cache(base):
-        return decode(base, ids_BT, mask_BT, rows=rows, stop_ids=sorted(chat.stop_ids), decoding=decoding)
+        stops = sorted(chat.stop_ids)
+        return decode(base, ids_BT, mask_BT, rows=rows, stop_ids=stops, decoding=decoding, held=held)
     if decoding.temperature:
         raise UsageError(
             f"{type(base).__name__} answers by greedy search only, got temperature {decoding.temperature}",
@@ -173,7 +191,7 @@ def _most_tokens(base: PreTrainedModel) -> int:
     """Tokens whose keys and values fit into the cache that a batch may have."""
     shape = read_shape(base.config.to_dict())
     per_token = 2 * shape.layers * shape.key_value * base.dtype.itemsize
-    return max(1, min(_BATCH_TOKENS, _CACHE_BYTES // per_token))
+    return max(1, min(_BATCH_TOKENS, CACHE_BYTES // per_token))
 
 
 def _batches(lengths: Sequence[int], batch_size: int, *, most_tokens: int) -> Iterator[list[int]]:

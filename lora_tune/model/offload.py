@@ -86,7 +86,7 @@ class Store:
             if space.dtype == dtype and space.numel() >= size:
                 return self.free.pop(number)
         self.free.clear()  # too small for the micro-batches that come now
-        return _pinned(size, dtype) if tensor.device.type == "cuda" else torch.empty(size, dtype=dtype)
+        return pinned(size, dtype) if tensor.device.type == "cuda" else torch.empty(size, dtype=dtype)
 
     def _arrived(self, kept: Kept) -> torch.Tensor:
         found, kept.here = kept.here if kept.here is not None else self._sent_for(kept), None
@@ -139,7 +139,7 @@ def _through(store: Store, checkpoint: Callable[..., Any], place: Literal["first
     return run
 
 
-def _pinned(size: int, dtype: torch.dtype) -> torch.Tensor:
+def pinned(size: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory that the GPU copies from and to by itself; ordinary memory where no more can be pinned."""
     try:
         return torch.empty(size, dtype=dtype, pin_memory=True)

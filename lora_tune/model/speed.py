@@ -12,6 +12,7 @@ from lora_tune.model.activations import saved_bytes_per_layer
 from lora_tune.model.cards import Card
 from lora_tune.model.counted_attention import attended
 from lora_tune.model.footprint import Choice, Job, has_plain_head, trained_weights
+from lora_tune.model.pieces import keeps_input_alone
 
 SPEED_ERROR = 0.25
 _PRODUCTS = 0.7  # of the card's TFLOP/s
@@ -24,7 +25,8 @@ _CPU = Card("", 0.0, 1.0, 40.0)
 
 
 def flop_per_token(job: Job, choice: Choice) -> float:
-    """FLOP of training on one token: forward 2 N and backward 2 N, 2 N more where a layer is recomputed.
+    """FLOP of training on one token: forward 2 N and backward 2 N, 2 N more where a layer is recomputed, but for the
+    last product of an MLP that keeps its input alone.
 
     Of a mixture N counts the experts that a token passes. The head computes its logits and the gradient of its inputs
     (4 V h); one that gives all logits, because it is trained, has new tokens or is divided, is counted with 6 V h,
@@ -38,9 +40,15 @@ def flop_per_token(job: Job, choice: Choice) -> float:
     adapters, full = trained_weights(shape, job.lora)
     keys = 2 * attended(job, choice) * shape.query * shape.layers
     head = (4 if has_plain_head(job) else 6) * shape.vocabulary * shape.hidden
-    return (
-        (4 + 2 * recomputed) * frozen + head + (7 + 2 * recomputed) * keys + (6 + 2 * recomputed) * adapters + 2 * full
-    )
+    again = 2 * recomputed * (frozen - _not_again(job) + keys + adapters)
+    return 4 * frozen + head + 7 * keys + 6 * adapters + 2 * full + again
+
+
+def _not_again(job: Job) -> int:
+    """Frozen weights of a recomputed layer that are not multiplied with again, over all layers."""
+    if not keeps_input_alone(job.shape, lora=job.lora, kernels=job.kernels):
+        return 0
+    return sum(linear.parameters for linear in job.shape.linears if linear.name == "down_proj")
 
 
 def step_seconds(job: Job, choice: Choice, card: Card | None) -> float:
@@ -53,7 +61,8 @@ def step_seconds(job: Job, choice: Choice, card: Card | None) -> float:
     traffic = _PASSES * (3 + recomputed) * kept
     if job.base.quantize != "none":
         held = 1.0 if job.base.quantize == "int8" else 0.516
-        traffic += (2 + recomputed) * shape.linear_parameters * (job.element + held)
+        read = (2 + recomputed) * shape.linear_parameters - recomputed * _not_again(job)
+        traffic += read * (job.element + held)
     factor = 1.0 if job.element == 2 else 4.0  # float32 products reach about a quarter of the 16-bit rate
     products = tokens * flop_per_token(job, choice) * factor / (_PRODUCTS * speed.tflops * 1e12)
     seconds = products + traffic / (_TRAFFIC * speed.bandwidth_gbs * 1e9)

@@ -24,8 +24,7 @@ import torch
 
 from lora_tune.model.kernels.choice import Activation
 from lora_tune.model.kernels.projections import Frozen, GatedMlp, gate_and_up, gated_down, mlp_backward
-
-PIECE_BYTES = 2**26  # of one tensor of the MLP's width: 2,340 tokens of an 8B Llama in 16 bit
+from lora_tune.model.pieces import piece_tokens
 
 
 @dataclass(slots=True)
@@ -37,13 +36,6 @@ class Place:
 
     entered: int = 0
     followed: bool = False
-
-
-def piece_tokens(tokens: int, width: int, *, element: int) -> int:
-    """How many of the tokens are worked on at a time: equal pieces, none over PIECE_BYTES by width and bytes."""
-    most = max(1, PIECE_BYTES // (width * element))
-    pieces = max(1, -(-tokens // most))
-    return max(1, -(-tokens // pieces))
 
 
 def recomputed_mlp(

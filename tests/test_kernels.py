@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_tune.model.base import load_base
 from lora_tune.model.kernels import readiness
 from lora_tune.model.kernels.choice import Activation
-from lora_tune.model.kernels.fuse import ACTIVATIONS, Fused, fuse
+from lora_tune.model.kernels.fuse import Fused, fuse
+from lora_tune.model.kernels.probe import ACTIVATIONS
 from lora_tune.model.kernels.projections import Frozen, GatedMlp, Projections
 from lora_tune.model.kernels.rms_norm import RmsNorm
 from lora_tune.model.kernels.rotary import Rotate

@@ -19,7 +19,8 @@ from lora_tune.model import pieces
 from lora_tune.model.base import checkpoint_layers
 from lora_tune.model.kernels import recomputed_mlp as recomputed
 from lora_tune.model.kernels.choice import Activation
-from lora_tune.model.kernels.fuse import ACTIVATIONS, fuse
+from lora_tune.model.kernels.fuse import fuse
+from lora_tune.model.kernels.probe import ACTIVATIONS
 from lora_tune.model.kernels.projections import Frozen
 
 TOKENS = 3 * 17  # of the batch that `step` takes

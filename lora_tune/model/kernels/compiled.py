@@ -8,9 +8,6 @@ varlen` and packing every batch has one shape.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +18,7 @@ from torch import nn
 
 from lora_tune.errors import UsageError
 from lora_tune.model import attention
-
-_COMPILERS = ("g++", "c++", "clang++")
-_C_COMPILERS = ("gcc", "clang")  # that Triton looks for where CC names none
+from lora_tune.model.missing import compiler_problems
 
 
 def compile_layers(model: nn.Module, *, backend: str = "inductor") -> int:
@@ -38,7 +33,9 @@ def compile_layers(model: nn.Module, *, backend: str = "inductor") -> int:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if backend == "inductor":
-        _can_compile(next(model.parameters()).device)
+        device = next(model.parameters()).device.type
+        if lacking := list(compiler_problems("cuda" if device == "cuda" else "cpu")):
+            raise UsageError(lacking)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UsageError("train.compile: the base has no decoder layers that are known", "set it to off")
@@ -64,14 +61,3 @@ def on_forward(layer: Any, compiled: Callable[..., Any], *inputs: Any, **given: 
     if layer.gradient_checkpointing and hasattr(type(layer).forward, "__wrapped__"):
         return layer._gradient_checkpointing_func(run, *inputs)
     return run(*inputs)
-
-
-def _can_compile(device: torch.device) -> None:
-    if device.type == "cuda":
-        builds = "CC" in os.environ or any(shutil.which(name) for name in _C_COMPILERS)
-        missing = "" if builds else "there is no C compiler, which Triton needs"
-        missing = missing if importlib.util.find_spec("triton") else "Triton is not installed"
-    else:
-        missing = "" if any(shutil.which(name) for name in _COMPILERS) else "there is no C++ compiler"
-    if missing:
-        raise UsageError(f"train.compile: layers cannot be compiled here: {missing}", "set it to off, or install it")

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from lora_tune.model.base import weight_reader
-from lora_tune.model.kernels.choice import Activation, gated
+from lora_tune.model.kernels.choice import Activation
+from lora_tune.model.kernels.probe import activation_of, offset_of
 from lora_tune.model.kernels.projections import Frozen, GatedMlp, Projections
 from lora_tune.model.kernels.recomputed_mlp import Place, by_pieces, recomputed_mlp
 from lora_tune.model.kernels.rms_norm import RmsNorm
@@ -26,8 +27,7 @@ from lora_tune.model.kernels.rotary import rotating
 QKV = ("q_proj", "k_proj", "v_proj")
 _WHO = -1  # of what is handed out, beside 0 for the input, 1 and 2 for keys and values
 MLPS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))  # the last one of each has the output
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh")
-_SAME = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}  # of what a structure computes, relative
+_OTHER_MLP = "an MLP with more between its layers than silu or tanh-gelu"
 
 
 @dataclass
@@ -67,6 +67,8 @@ def fuse(model: nn.Module) -> Fused:
         if activation:
             _fuse_mlp(parent, layers, activation, fused, blocks.get(id(parent)))
             taken |= {id(layer) for layer in layers}
+        elif layers:
+            fused.left[_OTHER_MLP] += 1
     for _, layer in _adapted(model):
         if id(layer) in taken:
             continue
@@ -261,9 +263,9 @@ def _fuse_mlp(parent: Any, layers: list[Any], activation: Activation, fused: Fus
 def _gated_mlp(
     parent: nn.Module, children: dict[str, nn.Module], known: dict[Any, Activation | None]
 ) -> tuple[list[Any], Activation | None]:
-    """The layers and the activation of a parent that computes down(activation(gate(x)) · up(x)); None for another.
+    """The layers of a gated MLP, and its activation; None where it computes something else (`probe.py`).
 
-    Asked with numbers, as names do not tell it, once for all parents that are made alike.
+    Asked once for all parents that are made alike.
     """
     for names in MLPS:
         if not (_all_plain(children, names) and _takes_one(parent)):
@@ -273,38 +275,9 @@ def _gated_mlp(
         own = tuple(f"{name} {value!r}" for name, value in vars(parent).items() if name[0] != "_")
         kind = (type(parent), names, type(layers[0].base_layer), rest, own)
         if kind not in known:
-            known[kind] = _activation_of(parent, layers)
+            known[kind] = activation_of(parent, layers)
         return layers, known[kind]
     return [], None
-
-
-@torch.no_grad()
-def _activation_of(parent: nn.Module, layers: list[Any]) -> Activation | None:
-    x = _probe_input(layers[0])
-    try:
-        found = parent(x)
-    except (TypeError, RuntimeError):
-        return None
-    made = [layer(x) for layer in layers[:-1]]
-    gate, up = made if len(made) == 2 else made[0].chunk(2, dim=-1)
-    for activation in ACTIVATIONS:
-        expected = layers[-1](gated(gate, up, activation=activation))
-        if isinstance(found, torch.Tensor) and _same(found, expected):
-            return activation
-    return None
-
-
-def _probe_input(layer: Any) -> torch.Tensor:
-    """Three inputs of a layer, the same ones every time, in the dtype that its base takes."""
-    draw, weight = torch.Generator().manual_seed(0), layer.base_layer.weight
-    size = next(iter(layer.lora_A.values())).weight.shape[1]
-    dtype = weight.dtype if type(layer.base_layer) is nn.Linear else torch.float32
-    return torch.randn(3, size, generator=draw).to(weight.device, dtype)
-
-
-def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    error = (found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-12)
-    return found.shape == expected.shape and bool(error <= _SAME.get(expected.dtype, 1e-5))
 
 
 def _takes_one(module: nn.Module) -> bool:
@@ -322,24 +295,9 @@ def _fuse_norms(model: nn.Module, fused: Fused) -> None:
             continue
         if not _takes_one(module):
             continue
-        offset = _offset_of(module, weight, epsilon)
+        offset = offset_of(module, weight, epsilon)
         if offset is not None and not weight.requires_grad:
             _fuse_norm(module, epsilon, offset, fused)
-
-
-@torch.no_grad()
-def _offset_of(module: nn.Module, weight: torch.Tensor, epsilon: float) -> float | None:
-    """What is added to the weight (0 or 1) where the module computes RMSNorm; None where it computes something else."""
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(3, weight.shape[0], generator=draw).add_(0.5).to(weight.device, weight.dtype)
-    found = module(x)
-    if not isinstance(found, torch.Tensor) or found.dtype != x.dtype:
-        return None
-    normal = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + epsilon)
-    for offset in (0.0, 1.0):
-        if _same(found, (normal * (weight.float() + offset)).to(x.dtype)):
-            return offset
-    return None
 
 
 def _fuse_norm(module: Any, epsilon: float, offset: float, fused: Fused) -> None:

@@ -19,6 +19,7 @@ import typer
 from lora_tune.errors import LoraTuneError, Problem, ResourceError, Severity
 from lora_tune.model.conditions import CHECKS, Finding
 from lora_tune.model.machine import GIB, Machine, hub_cache, look
+from lora_tune.model.missing import missing_problems
 from lora_tune.recipe_file import RecipeFile, read_recipe
 from lora_tune.terminal import activity, print_json, printable, results, run_app
 
@@ -81,6 +82,8 @@ def recipe_fits(file: RecipeFile, machine: Machine) -> Iterator[Finding]:
     from lora_tune.model.source import find_base
 
     recipe, name = file.recipe, file.recipe.base.name
+    for one in missing_problems(recipe.base, recipe.train):
+        yield Finding("error", f"{one.key}: {one.reason}", one.fix)
     cached = hub_cache() / f"models--{name.replace('/', '--')}"
     on_hub = not name.startswith("builtin:") and not Path(name).is_dir() and is_repository_id(name)
     if on_hub and not any(cached.glob("snapshots/*/config.json")):
@@ -101,8 +104,6 @@ def recipe_fits(file: RecipeFile, machine: Machine) -> Iterator[Finding]:
     yield from _plan_fits(file, machine, config=source.config)
     if on_hub and not any(cached.glob("snapshots/*/*.safetensors")):
         yield Finding("note", f"the weights of {name} are not in the cache yet: they will be downloaded")
-    if recipe.base.attention == "flash_attention_2" and not _is_installed("flash_attn"):
-        yield Finding("error", "base.attention: flash_attention_2 needs the package flash_attn", "set it to auto")
 
 
 def _plan_fits(file: RecipeFile, machine: Machine, *, config: dict[str, object]) -> Iterator[Finding]:
@@ -123,12 +124,6 @@ def _plan_fits(file: RecipeFile, machine: Machine, *, config: dict[str, object])
         if place.what == "output" and place.free_gib < needed:
             said = f"checkpoints and adapter take {needed:.1f} GiB, {place.free_gib:.1f} are free in {place.path}"
             yield Finding("error", said, "make room, or lower train.keep_checkpoints")
-
-
-def _is_installed(package: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
 
 
 def hub_answers(file: RecipeFile | None, machine: Machine) -> Iterator[Finding]:

@@ -231,6 +231,7 @@ def _notes(recipe: Recipe, source: BaseSource, plan: MemoryPlan, card: Card | No
         names = ", ".join(recipe.lora.targets)
         yield Problem(f"no layer of the base has that name, got {names}", "write all-linear", key="lora.targets")
     yield from base_fit.length_problems(source.config, recipe.train)
+    yield from base_fit.layer_count_problems(source.config, recipe.train)
     yield from base_fit.expert_notes(recipe.lora, experts=source.experts, quantize=recipe.base.quantize)
     if card is not None and card.sixteen_bit == "float16" and recipe.base.compute_dtype == "bfloat16":
         yield Problem(

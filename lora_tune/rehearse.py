@@ -28,7 +28,7 @@ from lora_tune.adapter.folder import WEIGHTS, read_manifest
 from lora_tune.cli import COMMANDS
 from lora_tune.errors import CheckFailed, Problem, RecipeError, UsageError
 from lora_tune.model.base_config import stored_bits
-from lora_tune.model.base_fit import combination_problems, length_problems
+from lora_tune.model.base_fit import combination_problems, layer_count_problems, length_problems
 from lora_tune.model.source import check_against_base, find_base, load_tokenizer
 from lora_tune.recipe import Recipe
 from lora_tune.recipe_file import RecipeFile, read_recipe, recipe_as_yaml
@@ -76,6 +76,7 @@ class Rehearsal:
         stored = f"{stored_bits(self.source.config)} bit" if self.source.quantization is not None else None
         problems = combination_problems(self.recipe.lora, quantize=self.source.quantize, stored=stored)
         problems += length_problems(self.source.config, self.recipe.train)
+        problems += layer_count_problems(self.source.config, self.recipe.train)
         self._refuse([*self.file.warnings, *problems])
 
     def data(self) -> str:

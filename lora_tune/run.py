@@ -16,6 +16,7 @@ from lora_tune.adapter.folder import Manifest, read_manifest
 from lora_tune.disk import disk_text
 from lora_tune.errors import Problem, RecipeError, UsageError
 from lora_tune.imports import quick_imports
+from lora_tune.model.missing import missing_problems
 from lora_tune.model.rate import learning_rate
 from lora_tune.model.source import BaseSource, check_against_base, find_base, load_tokenizer
 from lora_tune.recipe import Recipe, Train
@@ -66,9 +67,10 @@ def run(
     """
     recipe, folder, team = file.recipe, Path(file.recipe.output), here()
     with claim_folder(folder, mode) if team.first else nullcontext():
-        # 1. The base's config and tokenizer: does the recipe fit to them? No weight is read yet.
+        # 1. The base's config and tokenizer: does the recipe fit to them, and to this machine? No weight is read yet.
         source = find_base(recipe.base, trust_remote_code=trust_remote_code)
-        _report(file, [*file.warnings, *check_against_base(source, lora=recipe.lora, train=recipe.train)])
+        misfits = check_against_base(source, lora=recipe.lora, train=recipe.train)
+        _report(file, [*file.warnings, *misfits, *missing_problems(recipe.base, recipe.train)])
         # 2. Every row is read, checked and split; then tokens, loss mask and packing, with an account of all of it.
         with file.locating():
             with team.in_turn("data"):

@@ -88,6 +88,7 @@ COLD = [
     "lora_tune.sweep",
     "lora_tune.model.cards",
     "lora_tune.model.device",
+    "lora_tune.model.missing",
     "lora_tune.model.choice",
     "lora_tune.model.footprint",
     "lora_tune.model.speed",

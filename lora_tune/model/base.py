@@ -16,6 +16,7 @@ from lora_tune.imports import is_in_use, quick_imports
 from lora_tune.model import hub
 from lora_tune.model.base_config import check_trust, stored_bits
 from lora_tune.model.kernels.choice import dequantize
+from lora_tune.model.missing import attention_problems
 from lora_tune.model.offload import keep_embedding_on_host
 from lora_tune.model.source import BaseSource
 from lora_tune.model.weights import tensor_infos
@@ -63,6 +64,8 @@ def load_base(
         ResourceError: the weights do not fit into the memory of the device.
     """
     check_trust(source.name, trust_remote_code)
+    if lacking := list(attention_problems(base, device_type())):
+        raise UsageError(lacking)
     if source.kind == "hub":
         hub.download(source.name, revision=source.revision, patterns=hub.WEIGHT_FILES)
     if not tensor_infos(source.folder):
@@ -104,7 +107,7 @@ def _from_pretrained(source: BaseSource, base: Base, *, trusted: bool, divided: 
             f"{where}: its weights do not fit into GPU memory", "set base.quantize: nf4, or take a smaller base"
         ) from error
     except (ImportError, ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UsageError(f"{where}: cannot be loaded: {reason}", _hint(str(error))) from error
     model, info = loaded
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])

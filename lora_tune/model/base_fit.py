@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lora_tune.errors import Problem, Severity
+from lora_tune.model.shape import read_shape
 from lora_tune.model.weights import TensorInfo
 from lora_tune.recipe import Lora, Train
 
@@ -225,6 +226,15 @@ def length_problems(config: Mapping[str, Any], train: Train) -> list[Problem]:
             )
         )
     return problems
+
+
+def layer_count_problems(config: Mapping[str, Any], train: Train) -> list[Problem]:
+    """More layers to recompute than the base has. Raises: UsageError where config.json does not say how many it has."""
+    asked = train.gradient_checkpointing
+    if isinstance(asked, str) or asked <= (layers := read_shape(config).layers):
+        return []
+    fix = f"set it to all, or to {layers} or less"
+    return [Problem(f"the base has {layers} layers, got {asked}", fix, key="train.gradient_checkpointing")]
 
 
 def expert_notes(lora: Lora, *, experts: int, quantize: str) -> list[Problem]:

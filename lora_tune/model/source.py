@@ -152,6 +152,7 @@ def check_against_base(source: BaseSource, *, lora: Lora, train: Train) -> list[
         reason = f"{source.name!r} has no safetensors weights (model.safetensors)"
         problems.append(Problem(reason, "pickled weights (.bin) are not read: convert them", key="base.name"))
     problems += base_fit.length_problems(source.config, train)
+    problems += base_fit.layer_count_problems(source.config, train)
     return problems + base_fit.expert_notes(lora, experts=source.experts, quantize=source.quantize)
 
 

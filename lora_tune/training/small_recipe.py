@@ -37,6 +37,7 @@ def small_recipe(
     """The recipe over the small base and the sample: few steps, limits off (they held for all rows), no trackers."""
     train, lora, evaluation = recipe.train, recipe.lora, recipe.eval
     batch = min(BATCH, train.batch_size)
+    layers = train.gradient_checkpointing  # the small base keeps two of them at least
     changes: dict[str, dict[str, Any]] = {
         "base": {"name": str(base), "revision": None},
         "lora": {
@@ -48,6 +49,7 @@ def small_recipe(
         "train": {
             "epochs": 1.0, "max_steps": TRAINED_STEPS, "budget": None, "save_every": SAVE_EVERY, "learning_rate": RATE,
             "batch_size": batch, "micro_batch_size": 1, "max_length": longest,
+            "gradient_checkpointing": layers if isinstance(layers, str) else min(layers, 2),
             "warmup": min(train.warmup, 1) if isinstance(train.warmup, int) else train.warmup,
         },
         "eval": {

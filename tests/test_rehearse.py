@@ -174,7 +174,9 @@ def test_every_shipped_recipe_has_a_small_one(path: Path, tmp_path: Path) -> Non
 def test_names_of_layers_that_the_small_base_lacks_are_left_out(tmp_path: Path, tiny_base: Path) -> None:
     path = recipe(tmp_path, tiny_base)
     overrides = ("lora.rank_pattern={layers.1.self_attn.q_proj: 64, layers.9.self_attn.q_proj: 8, up_proj: 4}",)
-    real = read_recipe(path, overrides=(*overrides, "train.budget=2h", "train.epochs=1")).recipe
+    real = read_recipe(
+        path, overrides=(*overrides, "train.budget=2h", "train.epochs=1", "train.gradient_checkpointing=30")
+    ).recipe
     small = small_recipe(real, base=tmp_path, data=real.data, hold_out=2, longest=64)
     assert small.lora.rank_pattern == {"layers.1.self_attn.q_proj": HEAD, "up_proj": 4}
-    assert small.train.budget is None
+    assert small.train.budget is None and small.train.gradient_checkpointing == 2

@@ -1,8 +1,7 @@
 """The README's table of speeds, made from what is kept in `results/`:  python -m benchmarks.table [--write]
 
-Reads `step_small_lora.json`, `step_small_qlora.json`, `start.json`, `data.json` and `memory_small.json`. What has no
-file is called unmeasured. `--write` keeps the tables as `results/side_by_side.md`; a test compares that file with
-what this makes, and the README with the file.
+Reads the files of RESULT_FILES. What has no file is called unmeasured. `--write` keeps the tables as
+`results/side_by_side.md`; a test compares that file with what this makes, and the README with the file.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ NAMES = {"lora_tune": "**lora_tune**", "raw": "raw PEFT loop", "trl": "TRL", "un
          "floor": "frozen base alone"}  # fmt: skip
 PACKAGES = {"lora_tune": "lora_tune", "trl": "trl", "raw": "peft", "unsloth": "unsloth", "llamafactory": "llamafactory"}
 METHODS = {"lora": "LoRA, bf16", "qlora": "QLoRA, nf4"}
+RESULT_FILES = ("step_small_lora", "step_small_qlora", "floor_small_lora", "floor_small_qlora", "start", "data",
+                "tokens", "memory_small")  # fmt: skip
 
 
 def kept(name: str, folder: Path) -> dict[str, Any] | None:
@@ -54,19 +55,40 @@ def step_rows(folder: Path) -> Iterator[list[str]]:
 
 
 def other_rows(folder: Path) -> Iterator[list[str]]:
-    """Start, data and memory."""
-    start, data = kept("start.json", folder), kept("data.json", folder)
+    """Start and data."""
+    start, data, tokens = (kept(f"{name}.json", folder) for name in ("start", "data", "tokens"))
     if start is None:
         yield ["start", "unmeasured", ""]
     for row in start["rows"] if start else []:
         bound = f"bound {row['bound_s']:g} s" if row["bound_s"] else ""
-        yield [f"`lora-tune`: {row['what']}", f"{row['best_s']:.2f} s ({row['best_cpu_s']:.2f} s of CPU)", bound]
+        median = f"{row['median_s']:.2f} s, the best {row['best_s']:.2f} ({row['median_cpu_s']:.2f} s of CPU)"
+        yield [f"`lora-tune`: {row['what']}", median, bound]
     if data is None:
         yield ["file to packed rows", "unmeasured", ""]
     for row in data["rows"] if data else []:
         cached = f"again, from the cache: {row['cached_s']:.2f} s" if "cached_s" in row else "beside it"
         speed = f"{row['rows_per_s']:,} rows/s, {row['rows_per_cpu_s']:,} per CPU-second"
         yield [f"file to packed rows, {NAMES[row['tool']]}", speed, cached]
+    if tokens is None:
+        yield ["messages to tokens and mask", "unmeasured", ""]
+    for row in tokens["rows"] if tokens else []:
+        speed = f"{row['rows_per_s']:,} rows/s, {row['rows_per_cpu_s']:,} per CPU-second"
+        times = f"{tokens['times_faster']:.1f} x TRL, {tokens['times_less_cpu']:.1f} x less CPU, threads: "
+        yield [f"messages to tokens and mask, {NAMES[row['tool']]}", speed,
+               times + f"{tokens['threads']}" if row["tool"] == "lora_tune" else "beside it"]  # fmt: skip
+
+
+def floor_rows(folder: Path) -> Iterator[list[str]]:
+    """What no training through the base can do without, beside the raw loop and ours, of one run."""
+    for method, words in METHODS.items():
+        found = kept(f"floor_small_{method}.json", folder)
+        if found is None:
+            yield [words, "unmeasured", "–", "–", "–", "–", "–"]
+            continue
+        speeds = {row["tool"]: row["tokens_per_cpu_s"] for row in found["rows"]}
+        raw, floor, own = (speeds[name] for name in ("raw", "floor", "lora_tune"))
+        numbers = [f"{speeds[name]:,.0f}" for name in ("raw", "floor", "lora_tune", "unfused")]
+        yield [words, *numbers, f"{own / raw:.2f}", f"{(own - raw) / (floor - raw):.0%}"]
 
 
 def memory_rows(folder: Path) -> Iterator[list[str]]:
@@ -84,7 +106,7 @@ def memory_rows(folder: Path) -> Iterator[list[str]]:
 def measured_on(folder: Path) -> str:
     """Machine, libraries and commit of every result."""
     said = []
-    for name in ("step_small_lora", "step_small_qlora", "start", "data", "memory_small"):
+    for name in RESULT_FILES:
         if found := kept(f"{name}.json", folder):
             on = found["machine"]
             said.append(f"{name}: {on['processor']}, {on['cores']} cores, load {on['load_before']}, {on['commit']}")
@@ -95,11 +117,15 @@ def text(folder: Path = RESULTS) -> str:
     """All tables in Markdown."""
     steps = ["base", "tool", "tokens per CPU-second, 1 thread", "x raw", "tokens/s, 2 threads", "peak MiB",
              "first step after, s", "loss at the end"]  # fmt: skip
+    floor = ["base", "raw PEFT loop", "frozen base alone (floor)", "lora_tune", "`kernels: off`", "lora_tune / raw",
+             "of the way from raw to floor"]  # fmt: skip
     memory = ["case", "peak, GiB", "planned", "minimum", "peak / minimum"]
     parts = [
         "# Speed and memory, side by side\n\nMade by `python -m benchmarks.table --write` from the files beside it.",
         "\n".join(lines_of(steps, step_rows(folder))),
         "\n".join(lines_of(["what", "measured", ""], other_rows(folder))),
+        "Tokens per CPU-second, 1 thread, in turns of a step; the floor is forward and the gradient of the input:",
+        "\n".join(lines_of(floor, floor_rows(folder))),
         "\n".join(lines_of(memory, memory_rows(folder))),
         measured_on(folder),
     ]

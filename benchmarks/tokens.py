@@ -1,11 +1,12 @@
 """How fast conversations become token ids and loss mask: ours against TRL's own preparation, in one run, same rows.
 
-    python benchmarks/tokens.py ROWS.json TOKENIZER_FOLDER [--repeats 5] [--json]
+    python -m benchmarks.tokens --data ROWS.json --tokenizer FOLDER [--rounds 15] [--threads 1] [--json FILE] [--write]
 
 ROWS.json holds Alpaca records (`instruction`, `input`, `output`); the tokenizer needs a chat template. TRL's path is
 `SFTTrainer._prepare_dataset` on conversational prompt/completion rows (completion-only loss), which renders and encodes
 each row twice and builds `labels`; ours is `ChatTemplate.rows`. Reading, conversion to messages and loading are outside
-the clock on both sides. The best of the repeats counts, sides alternating; CPU seconds are for busy machines.
+the clock on both sides, and so is a first pass of each. Sides take turns, medians of the rounds count; CPU seconds, of
+all threads, are for busy machines. `--threads` are those of the tokenizer library, which ours hands all rows at once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,12 +27,14 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import datasets
 import numpy as np
-import transformers
 import trl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.machine import RESULTS, machine, versions
 from lora_tune.data.chat_template import ChatTemplate, RowError, load_chat_template
 from lora_tune.data.conversation import Conversation, Message
+
+LIBRARIES = ("trl", "datasets", "transformers", "tokenizers")
 
 
 def conversations_from(records: list[dict[str, str]]) -> list[Conversation]:
@@ -57,19 +60,27 @@ def theirs(tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, args: trl
     return trl.SFTTrainer._prepare_dataset(trainer, rows, tokenizer, args, False, None, "train")
 
 
-def best_of(repeats: int, *sides: Callable[[], Any]) -> list[tuple[float, float]]:
-    """The shortest time of each side on the wall, and in CPU seconds of all threads, the sides taking turns."""
+def in_turns(rounds: int, *sides: Callable[[], Any]) -> list[tuple[float, float]]:
+    """Median seconds of each side on the clock, and of processor time in all threads."""
     times: list[list[tuple[float, float]]] = [[] for _ in sides]
-    for _ in range(repeats):
+    for _ in range(rounds):
         for side, taken in zip(sides, times, strict=True):
             wall, cpu = time.perf_counter(), time.process_time()
             side()
             taken.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return [(min(wall for wall, _ in taken), min(cpu for _, cpu in taken)) for taken in times]
+    return [(statistics.median(s for s, _ in taken), statistics.median(cpu for _, cpu in taken)) for taken in times]
 
 
-def measure(data: Path, folder: Path, *, repeats: int) -> dict[str, Any]:
-    """Both times, their ratio, and how far the results agree."""
+def row_of(tool: str, rows: int, taken: tuple[float, float], **more: int) -> dict[str, Any]:
+    """A line of the result."""
+    s, cpu_s = taken
+    return {"tool": tool, "rows_per_s": round(rows / s), "rows_per_cpu_s": round(rows / cpu_s),
+            "s": round(s, 4), "cpu_s": round(cpu_s, 4), **more}  # fmt: skip
+
+
+def measure(data: Path, folder: Path, *, rounds: int) -> dict[str, Any]:
+    """Both sides, how often ours is the faster, and how far the results agree; `{machine, versions, rows, …}`."""
+    result: dict[str, Any] = {"machine": machine(), "versions": versions(*LIBRARIES)}
     rows = conversations_from(json.loads(data.read_text(encoding="utf-8")))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = load_chat_template(tokenizer)
@@ -79,55 +90,54 @@ def measure(data: Path, folder: Path, *, repeats: int) -> dict[str, Any]:
     ]
     dataset = datasets.Dataset.from_list(columns)
     datasets.disable_progress_bars()
+    datasets.disable_caching()
     with tempfile.TemporaryDirectory() as scratch:
         args = trl.SFTConfig(
             output_dir=scratch, max_length=None, shuffle_dataset=False, use_cpu=True, bf16=False, report_to="none"
         )
         mine, prepared = ours(template, rows), theirs(tokenizer, dataset, args)
-        (ours_s, ours_cpu_s), (trl_s, trl_cpu_s) = best_of(
-            repeats, lambda: ours(template, rows), lambda: theirs(tokenizer, dataset, args)
-        )
-    same_ids = sum(ids.tolist() == other for (ids, _), other in zip(mine, prepared["input_ids"], strict=True))
-    tokens = sum(len(ids) for ids, _ in mine)
+        ours_took, trl_took = in_turns(rounds, lambda: ours(template, rows), lambda: theirs(tokenizer, dataset, args))
+    trained = sum(label != -100 for labels in prepared["labels"] for label in labels)
     return {
-        "rows": len(rows),
-        "tokens": tokens,
-        "trained_tokens": int(sum(mask.sum() for _, mask in mine)),
-        "trl_trained_tokens": sum(label != -100 for labels in prepared["labels"] for label in labels),
-        "rows_with_equal_ids": same_ids,
-        "ours_s": round(ours_s, 4),
-        "trl_s": round(trl_s, 4),
-        "ratio": round(trl_s / ours_s, 2),
-        "ours_cpu_s": round(ours_cpu_s, 4),
-        "trl_cpu_s": round(trl_cpu_s, 4),
-        "cpu_ratio": round(trl_cpu_s / ours_cpu_s, 2),
-        "ours_tokens_per_s": round(tokens / ours_s),
-        "tokenizer": folder.name,
-        "versions": {
-            "trl": trl.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "cores": os.cpu_count(),
-    }
+        **result, "rounds": rounds, "data": data.name, "tokenizer": folder.name, "rows_of_data": len(rows),
+        "rows_with_equal_ids": sum(
+            ids.tolist() == other for (ids, _), other in zip(mine, prepared["input_ids"], strict=True)
+        ),
+        "rows": [
+            row_of("lora_tune", len(rows), ours_took, tokens=sum(len(ids) for ids, _ in mine),
+                   trained=int(sum(mask.sum() for _, mask in mine))),
+            row_of("trl", len(rows), trl_took, tokens=sum(map(len, prepared["input_ids"])), trained=trained),
+        ],
+        "times_faster": round(trl_took[0] / ours_took[0], 2),
+        "times_less_cpu": round(trl_took[1] / ours_took[1], 2),
+    }  # fmt: skip
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print a table or the object, keep it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="a JSON file of Alpaca records")
-    parser.add_argument("tokenizer", type=Path, help="a folder with a tokenizer that has a chat template")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    options = parser.parse_args()
-    found = measure(options.data, options.tokenizer, repeats=options.repeats)
-    if options.json:
-        print(json.dumps(found))
+    parser.add_argument("--data", type=Path, required=True, help="a JSON file of Alpaca records")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a folder; it has a chat template")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", nargs="?", const="-", help="print the result as one object, or keep it in a file")
+    parser.add_argument("--write", action="store_true", help="keep it as benchmarks/results/tokens.json")
+    given = parser.parse_args()
+    several = "true" if given.threads > 1 else "false"
+    os.environ |= {"RAYON_NUM_THREADS": str(given.threads), "TOKENIZERS_PARALLELISM": several}
+    result = measure(given.data, given.tokenizer, rounds=given.rounds) | {"threads": given.threads}
+    text = json.dumps(result, indent=1)
+    for path in (given.json if given.json != "-" else None, RESULTS / "tokens.json" if given.write else None):
+        if path:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+    if given.json == "-":
+        print(text)
         return
-    print(f"{found['rows']} rows, {found['tokens']:,} tokens, {found['trained_tokens']:,} of them trained")
-    print(f"wall: TRL {found['trl_s']:.3f} s, ours {found['ours_s']:.3f} s: {found['ratio']:.1f}x")
-    print(f"CPU:  TRL {found['trl_cpu_s']:.3f} s, ours {found['ours_cpu_s']:.3f} s: {found['cpu_ratio']:.1f}x")
-    print(f"equal ids in {found['rows_with_equal_ids']} of {found['rows']} rows")
+    for row in result["rows"]:
+        took = f"{row['s']:.3f} s ({row['cpu_s']:.3f} s of CPU)"
+        print(f"{row['tool']:10} {took}, {row['rows_per_s']:,} rows/s, {row['trained']:,} of {row['tokens']:,} trained")
+    print(f"faster than TRL: {result['times_faster']:.2f} times ({result['times_less_cpu']:.2f} times less CPU)")
+    print(f"equal ids in {result['rows_with_equal_ids']} of {result['rows_of_data']} rows")
 
 
 if __name__ == "__main__":

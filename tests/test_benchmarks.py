@@ -136,7 +136,7 @@ def test_tables_are_those_that_were_measured() -> None:
 
 
 def test_what_was_not_measured_is_said_so(tmp_path: Path) -> None:
-    assert table.text(tmp_path).count("unmeasured") == 5
+    assert table.text(tmp_path).count("unmeasured") == 8
     row: dict[str, Any] = {"tool": "raw", "tokens_per_cpu_s": 10.0, "tokens_per_s": 20.0, "peak_mib": 1.0,
                            "first_step_s": 2.0, "final_loss": 3.0}  # fmt: skip
     found = {"rows": [row], "threads": [1, 2], "versions": {"raw": {"peft": "9.9"}}, "left_out": {"unsloth": "why"},
@@ -147,6 +147,14 @@ def test_what_was_not_measured_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "step_small_lora.json").write_text(json.dumps(found | {"threads": [1]}))
     assert "| 10 | 1.00 | unmeasured | 1 | 2.0 | 3.000 |" in table.text(tmp_path)
     assert "Unsloth (CPU mode) | does not run" in made and "| QLoRA, nf4 | unmeasured |" in made
+
+
+def test_the_way_to_the_floor(tmp_path: Path) -> None:
+    speeds = {"raw": 100.0, "floor": 200.0, "lora_tune": 160.0, "unfused": 110.0}
+    rows = [{"tool": tool, "tokens_per_cpu_s": speed} for tool, speed in speeds.items()]
+    on = {"processor": "p", "cores": 2, "load_before": 0.1, "commit": "abc"}
+    (tmp_path / "floor_small_lora.json").write_text(json.dumps({"rows": rows, "machine": on}))
+    assert "| LoRA, bf16 | 100 | 200 | 160 | 110 | 1.60 | 60% |" in table.text(tmp_path)
 
 
 @SELDOM[0]

@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.context_by_plan import PUBLISHED
 from benchmarks.machine import machine, versions
 from benchmarks.peers.protocol import LIBRARIES
 from benchmarks.step import SHAPES, write_base
 
-PUBLISHED = {8: 2_972, 12: 21_848, 16: 40_724, 24: 78_475}  # Unsloth, Llama-3.1-8B, rank 32, batch 1; read 2026-11-22
 GIB = 2**30
 RANK = 32
 ROUNDED = 64  # tokens

@@ -87,6 +87,16 @@ def test_loss_and_gradients_are_pefts(family: str, how_many: str) -> None:
     assert loss == pytest.approx(own[0], rel=1e-5) and distance(gradients, own[1]) < 1e-5
 
 
+def test_in_one_piece_a_layer_that_is_recomputed_has_the_bits_of_one_that_is_kept() -> None:
+    """Nobody asks for the gradient of the embeddings, with layers recomputed as without."""
+    model = adapted("llama")
+    fuse(model)
+    kept = step(model)
+    found = step(checkpointed(model))
+    assert found[0] == kept[0] and all(torch.equal(found[1][name], kept[1][name]) for name in kept[1])
+    assert not model.get_input_embeddings()(torch.tensor([3])).requires_grad
+
+
 def reads(model: Any) -> Counter[str]:
     """How many products with each frozen weight of the first layer's MLP a step computes."""
     found: Counter[str] = Counter()

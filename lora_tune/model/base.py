@@ -310,6 +310,8 @@ def checkpoint_layers(model: PreTrainedModel, layers: Literal["all", "none"] | i
         getattr(model, f"{word}_checkpointing_enable")(**how)
     except ValueError as error:
         raise UsageError(f"train.gradient_checkpointing: {error}", "set it to none") from error
+    # for checkpoints of the other kind it let the embedding ask for a gradient, which nobody needs here
+    model.disable_input_require_grads()
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for index, block in enumerate(blocks):
         block.gradient_checkpointing = layers == "all" or index < layers

@@ -99,6 +99,8 @@ def _in_mode(parent: nn.Module, training: bool) -> Iterator[None]:
 @torch.no_grad()
 def offset_of(module: nn.Module, weight: torch.Tensor, epsilon: float) -> float | None:
     """What is added to the weight (0 or 1) where the module computes RMSNorm; None where it computes something else."""
+    if [name for name, _ in module.named_parameters()] != ["weight"]:
+        return None
     draw, size = torch.Generator().manual_seed(0), weight.shape[0]
     x_RH = torch.randn(len(_NORMED), size, generator=draw).add_(0.5) * torch.tensor(_NORMED)[:, None]
     x_RH, own_H = x_RH.to(weight.device), torch.randn(size, generator=draw).to(weight.device)

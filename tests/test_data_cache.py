@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
@@ -398,3 +403,125 @@ def test_packed_rows_are_those_of_the_question(change, chat, monkeypatch, own_ca
     assert rows.train._fingerprint == fresh.train._fingerprint
     assert (rows.train.to_dict() == first.to_dict()) == (change == "nothing")
     assert len(list((own_cache / "packed").glob("*.json"))) == 1 + (change != "nothing")
+
+
+# --- what another user put there
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What was warned of; once for each folder, as in a process of its own."""
+    found: list[str] = []
+    monkeypatch.setattr(cache, "print_problems", lambda problems: found.extend(map(str, problems)))
+    monkeypatch.setattr(cache, "_warn_of", functools.cache(cache._warn_of.__wrapped__))
+    monkeypatch.setattr(cache, "_temporary", functools.cache(lambda: Path(tempfile.mkdtemp(dir="."))))
+    return found
+
+
+def plant(path, content=b"rows of a stranger"):
+    """A whole entry with a note that is right, as somebody else would write it. Returns the note."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    note = {"errors": {}, "sha256": hashlib.sha256(content).hexdigest()}
+    path.with_suffix(".json").write_text(json.dumps({"note": note, "sha256": cache._note_sha256(note)}))
+    return note
+
+
+def write_mine(path):
+    return cache.write_entry(path, lambda temporary: {"size": temporary.write_bytes(b"mine")})
+
+
+def everything_in(folder):
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_an_entry_of_ones_own_is_taken(own_cache, said):
+    note = plant(own_cache / "tokens" / "0.arrow")
+    with cache.entry("tokens", "0") as path:
+        assert cache.valid_note(path) == note and path.parent == own_cache / "tokens"
+    assert not said
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owner")
+def test_a_cache_of_another_user_is_neither_read_nor_written(own_cache, said, chat, passes, monkeypatch):
+    data = [DataSource(source=write("a.jsonl"))]
+    first = as_values(*prepare(chat, data))
+    plant(own_cache / "tokens" / "0.arrow")
+    before, me = everything_in(own_cache), os.geteuid()
+    passes.clear()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    again = as_values(*prepare(chat, data))
+    times = [values[-1].pop("seconds") for values in (first, again)]
+    assert again == first and passes == ["a.jsonl"] and len(times) == 2
+    with cache.entry("tokens", "0") as path:
+        assert cache.valid_note(path) is None
+        write_mine(path)
+        assert cache.valid_note(path)
+    assert everything_in(own_cache) == before and own_cache not in path.parents
+    (line,) = said
+    assert str(own_cache) in line and f"user {me}" in line and "LORA_TUNE_CACHE" in line
+
+
+def test_what_stands_in_elsewhere_is_for_this_user_and_goes_with_the_process(tmp_path):
+    code = (
+        "import os, sys; from lora_tune.data import cache; os.geteuid = lambda: -1\n"
+        "with cache.entry('tokens', '0') as path:\n"
+        "    cache.write_entry(path, lambda file: {'size': file.write_bytes(b'x')})\n"
+        "print(path, oct(path.parent.parent.stat().st_mode & 0o777))"
+    )
+    environment = os.environ | {"LORA_TUNE_CACHE": str(tmp_path), "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    path, mode = done.stdout.split()
+    assert mode == "0o700" and tmp_path in Path(path).parents and not list(tmp_path.iterdir())
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("warning: cache folder: ")
+
+
+@pytest.mark.parametrize("what", ["a link", "a file"])
+def test_a_folder_of_entries_that_is_none_is_not_followed(what, own_cache, said, tmp_path):
+    own_cache.mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    plant(elsewhere / "0.arrow")
+    if what == "a link":
+        (own_cache / "tokens").symlink_to(elsewhere)
+    else:
+        (own_cache / "tokens").write_text("x")
+    before = everything_in(elsewhere)
+    with cache.entry("tokens", "0") as path:
+        assert cache.valid_note(path) is None
+        write_mine(path)
+    with cache.entry("packed", "1") as other:  # making room goes through all folders
+        write_mine(other)
+        cache._make_room(own_cache, keep=other, most=0)
+    assert everything_in(elsewhere) == before and other.exists() and own_cache not in path.parents
+    assert len(said) == 1 and str(own_cache / "tokens") in said[0]
+
+
+@pytest.mark.parametrize("what", ["a link", "a second name", "a pipe", "a folder", "another user's"])
+@pytest.mark.parametrize("suffix", [".arrow", ".json", ".lock"])
+def test_a_file_that_is_not_ones_own_is_neither_used_nor_written_through(what, suffix, own_cache, said, tmp_path):
+    place = own_cache / "tokens" / "0.arrow"
+    plant(place)
+    victim, at = tmp_path / "victim", place.with_suffix(suffix)
+    victim.write_bytes(at.read_bytes() if at.exists() else b"mine")
+    at.unlink(missing_ok=True)
+    if what == "a link":
+        at.symlink_to(victim)
+    elif what == "a second name":
+        os.link(victim, at)
+    elif what == "a pipe":
+        os.mkfifo(at)
+    elif what == "a folder":
+        at.mkdir()
+    else:
+        at.write_bytes(victim.read_bytes())
+        try:
+            os.chown(at, 12345, -1)
+        except PermissionError:
+            pytest.skip("only root can give a file away")
+    before = victim.read_bytes()
+    with cache.entry("tokens", "0") as path:
+        assert suffix == ".lock" or cache.valid_note(path) is None
+        write_mine(path)
+        assert cache.valid_note(path) and path.read_bytes() == b"mine"
+    assert victim.read_bytes() == before
+    assert (own_cache in path.parents) == (what != "a folder") == (not said)

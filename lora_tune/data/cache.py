@@ -8,14 +8,19 @@
 An entry is a file and beside it a JSON note with the sha256 of both: damage is found before anything is used, and the
 entry is made again. `LORA_TUNE_CACHE` names another folder than the user's cache folder; all of it may be deleted at
 any time. It holds 8 GiB at most, entries that were not used for longest go first. Rows may hold secrets: nobody but the
-user may read them.
+user may read them. What another user put there is neither used nor written to, and no link is followed: rows that a
+stranger chose would be trained on. Entries then stand in a folder of the process, which goes with it.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
@@ -26,7 +31,8 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from lora_tune.disk import FULL, disk_text
-from lora_tune.errors import ResourceError
+from lora_tune.errors import Problem, ResourceError
+from lora_tune.terminal import print_problems
 
 KINDS = ("conversations", "tokens", "packed", "overlap")
 Kind = Literal["conversations", "tokens", "packed", "overlap"]
@@ -38,21 +44,94 @@ _KEPT_BYTES = 8 << 30
 def cache_folder() -> Path:
     """Where it is: `LORA_TUNE_CACHE`, else the user's cache folder. Created where it is missing."""
     folder = Path(os.environ.get("LORA_TUNE_CACHE") or platformdirs.user_cache_dir("lora_tune", appauthor=False))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
 
 
 @contextmanager
 def entry(kind: Kind, key: str) -> Iterator[Path]:
     """The path of an entry, while no other process reads or writes it."""
-    folder = cache_folder() / kind
-    folder.mkdir(mode=0o700, exist_ok=True)
+    path = _folder(kind) / f"{key}.arrow"
+    if not _only_own_files(path):
+        path = _instead_of(path, kind) / path.name
+    with FileLock(path.with_suffix(".lock")):
+        yield path
+
+
+def _folder(kind: Kind) -> Path:
+    """Where entries of a kind are: in the cache, or in a folder of this process where that is another user's."""
+    root = cache_folder()
+    folder = root / kind
+    if not (_is_own(root.lstat()) and _is_own(root.stat())):  # of a link both, it and what it names
+        return _instead_of(root, kind)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if not _is_own_folder(folder):
+        return _instead_of(folder, kind)
     if folder.stat().st_mode & 0o077:  # made by an earlier version
         with suppress(OSError):
             folder.chmod(0o700)
-    path = folder / f"{key}.arrow"
-    with FileLock(path.with_suffix(".lock")):
-        yield path
+    return folder
+
+
+def _instead_of(path: Path, kind: Kind) -> Path:
+    """Where entries of a kind are for this process, with a word of what is not used."""
+    _warn_of(path)
+    folder = _temporary() / kind
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _is_own(state: os.stat_result) -> bool:
+    """Whether it belongs to the user that this process acts for; true where files have no such owner."""
+    return not hasattr(os, "geteuid") or state.st_uid == os.geteuid()
+
+
+def _is_own_folder(folder: Path) -> bool:
+    """Whether it is a folder of this user's, and no link to one."""
+    try:
+        state = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(state.st_mode) and _is_own(state)
+
+
+def _only_own_files(path: Path) -> bool:
+    """Take away what stands in the place of an entry, its note or its lock and is no file of this user's alone.
+
+    False where something stays.
+    """
+    for suffix in (".arrow", ".json", ".lock"):
+        file = path.with_suffix(suffix)
+        try:
+            state = file.lstat()
+            if not (stat.S_ISREG(state.st_mode) and _is_own(state) and state.st_nlink <= 1):
+                file.unlink()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return False
+    return True
+
+
+@cache
+def _temporary() -> Path:
+    """A folder of this process alone, which goes when the process ends."""
+    folder, process = Path(tempfile.mkdtemp(prefix="lora_tune_cache_")), os.getpid()
+    atexit.register(lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == process else None)
+    return folder
+
+
+@cache
+def _warn_of(path: Path) -> None:
+    """Say once that something of the cache is not used, as another user could have chosen what is in it."""
+    try:
+        state = path.lstat()
+        why = "is none of this user's own" if _is_own(state) else f"belongs to another user, got user {state.st_uid}"
+    except OSError as error:
+        why = f"cannot be looked at: {disk_text(error, path)}"
+    reason = f"cache folder: {path} is not used, and prepared rows go with this process: it {why}"
+    print_problems([Problem(reason, "name a folder of your own with LORA_TUNE_CACHE", severity="warning")])
 
 
 def valid_note(path: Path) -> dict[str, Any] | None:
@@ -147,22 +226,28 @@ def code_sha256() -> str:
 def _remove_unfinished(folder: Path) -> None:
     """Delete what killed processes left half-written: nobody holds the lock of its entry."""
     for left in folder.glob("*.tmp"):
-        with suppress(OSError, Timeout), FileLock(folder / f"{left.name.partition('.')[0]}.lock", timeout=0):
-            left.unlink(missing_ok=True)
+        entry_ = folder / f"{left.name.partition('.')[0]}.arrow"
+        with suppress(OSError, Timeout):
+            if _only_own_files(entry_):
+                with FileLock(entry_.with_suffix(".lock"), timeout=0):
+                    left.unlink(missing_ok=True)
 
 
 def _make_room(folder: Path, *, keep: Path, most: int) -> None:
     """Delete what was not used for longest until `most` bytes stay; no entry that a process is about to open."""
     found = []
-    for path in (path for kind in KINDS for path in (folder / kind).glob("*.arrow")):
+    own = [folder / kind for kind in KINDS if _is_own_folder(folder / kind)]
+    for path in (path for kind in own for path in kind.glob("*.arrow")):
         with suppress(OSError):  # another process was faster
-            state = path.stat()
+            state = path.lstat()
             found.append((state.st_mtime, state.st_size, path))
     used = sum(size for _, size, _ in found)
     for _, size, path in sorted(found):
         if used <= most:
             return
         if path == keep:
+            continue
+        if not _only_own_files(path):
             continue
         with suppress(OSError, Timeout), FileLock(path.with_suffix(".lock"), timeout=0):
             for suffix in (".json", ".arrow"):

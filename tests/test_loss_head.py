@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import training_kit as kit
@@ -14,10 +15,12 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lora_tune.data.chat_template import TokenRow
+from lora_tune.evaluation.losses import row_losses
 from lora_tune.model import footprint
-from lora_tune.model.kernels import loss_tile
+from lora_tune.model.kernels import choice, loss_tile
 from lora_tune.model.kernels.loss_head import Head, find_head, summed, token_losses
-from lora_tune.recipe import Lora
+from lora_tune.recipe import Lora, Train
 from lora_tune.training.loss import summed_loss, trained_positions
 
 SMALL = {
@@ -146,3 +149,24 @@ def test_a_model_that_does_something_else_to_its_logits_gives_them_itself() -> N
 def test_a_head_that_is_trained_gives_all_logits(tiny_base: Path, lora: Lora, found: bool) -> None:
     model = kit.adapter(tiny_base, lora=lora)
     assert (find_head(model) is not None) == found
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+def test_with_kernels_off_a_step_and_an_evaluation_use_none(
+    tiny_base: Path, tmp_path: Path, kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+
+    def tile(logits: torch.Tensor, targets: torch.Tensor, **what: float) -> torch.Tensor:
+        used.append("kernel")
+        return loss_tile.loss_tile(logits, targets, **what)
+
+    monkeypatch.setattr(choice, "loss_tile", tile)
+    train = Train(batch_size=2, micro_batch_size=2, max_steps=1, kernels=kernels)
+    trainer = kit.trainer(tmp_path, tiny_base, kit.rows(4, pack=2), train=train)
+    trainer.train()
+    assert bool(used) == (kernels == "auto")
+    used.clear()
+    row = TokenRow(np.array([3, 4, 5], np.int32), np.array([False, True, True]), 0, "", 1, frozenset())
+    row_losses(trainer.model, [row], pad_id=0)
+    assert not used, "an evaluation is computed as it will be elsewhere"

@@ -1,4 +1,4 @@
-"""What is asked of MLPs and norms before they are fused: in any dtype, what is not the plain thing keeps its own path."""
+"""What is asked of MLPs and norms before they are fused: what is not the plain thing, in any dtype, keeps its path."""
 
 from __future__ import annotations
 

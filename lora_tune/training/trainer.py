@@ -175,7 +175,7 @@ class RunTrainer(SharedTrainer, SFTTrainer):
         self.row_tokens = [sum(lengths) for lengths in rows["seq_lengths"]]
         self._trained = trained_parameters(self.model)
         self._head = self.model.get_output_embeddings()
-        self._loss_head = None if self.team.divided else find_head(self.model)
+        self._loss_head = None if self.team.divided else find_head(self.model, kernels=train.kernels)
         self.signals = SignalWatch()
         self.guard = StepGuard(self.model, max_skipped=train.max_skipped_steps, report=self.facts.report)
         self._chat = chat

@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_tune.model.footprint import loss_tile_tokens
 from lora_tune.model.kernels import choice
+from lora_tune.model.kernels import loss_tile as plain_loss
 
 _LIFT = 1024.0  # float16 holds no probability below 6e-8: the gradient of the logits is that much larger there
 _SAME = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative, of what is done to logits
@@ -27,11 +28,20 @@ _DIVISORS = ("logits_scaling",)
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A frozen output layer, and what the model does to its logits: softcap · tanh(multiplier · z / softcap)."""
+    """A frozen output layer, and what the model does to its logits: softcap · tanh(multiplier · z / softcap).
+
+    `kernels` off: PyTorch computes the loss on every device.
+    """
 
     layer: nn.Linear
     softcap: float = 0.0
     multiplier: float = 1.0
+    kernels: Literal["auto", "off"] = "auto"
+
+    def losses_of(self, logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy (N, nats, float32) of a tile of logits, which become their own gradient."""
+        tile = choice.loss_tile if self.kernels == "auto" else plain_loss.loss_tile
+        return tile(logits_NV, targets_N, softcap=self.softcap, multiplier=self.multiplier)
 
 
 class SummedLoss(torch.autograd.Function):
@@ -66,7 +76,7 @@ class SummedLoss(torch.autograd.Function):
                 tile = slice(start, start + step)
                 logits_NV = nn.functional.linear(x_NH[tile], weight_VH, bias_V)
                 d_NV = logits_NV.float() if lift > 1 else logits_NV
-                losses_N = choice.loss_tile(d_NV, targets_N[tile], softcap=head.softcap, multiplier=head.multiplier)
+                losses_N = head.losses_of(d_NV, targets_N[tile])
                 total += losses_N.sum()
                 if keep == "gradient":
                     scaled_NV = d_NV.mul_(lift).to(dtype) if lift > 1 else d_NV
@@ -102,12 +112,9 @@ def token_losses(x_NH: torch.Tensor, head: Head, targets_N: torch.Tensor) -> tor
     step = loss_tile_tokens(len(x_NH), len(weight_VH), element=weight_VH.element_size(), device=x_NH.device.type)
     tiles = [slice(start, start + step) for start in range(0, len(x_NH), step)]
     losses = [
-        choice.loss_tile(
-            nn.functional.linear(x_NH[tile].to(weight_VH.dtype), weight_VH, bias), targets_N[tile],
-            softcap=head.softcap, multiplier=head.multiplier,
-        )
+        head.losses_of(nn.functional.linear(x_NH[tile].to(weight_VH.dtype), weight_VH, bias), targets_N[tile])
         for tile in tiles
-    ]  # fmt: skip
+    ]
     return torch.cat(losses) if losses else x_NH.new_zeros(0, dtype=torch.float32)
 
 
@@ -128,7 +135,7 @@ def input_of(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def find_head(model: Any) -> Head | None:
+def find_head(model: Any, *, kernels: Literal["auto", "off"] = "auto") -> Head | None:
     """The head of a model whose loss can be computed from its inputs; None where it must give all logits itself.
 
     That is a plain frozen linear layer of a model that is not divided, after which the model does nothing but scale and
@@ -146,7 +153,7 @@ def find_head(model: Any) -> Head | None:
     factors = [float(getattr(config, name, None) or 1.0) for name in _FACTORS]
     factors += [1 / float(getattr(config, name, None) or 1.0) for name in _DIVISORS]
     softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
-    heads = [Head(layer, cap, multiplier) for multiplier in {1.0, *factors} for cap in {0.0, softcap}]
+    heads = [Head(layer, cap, multiplier, kernels) for multiplier in {1.0, *factors} for cap in {0.0, softcap}]
     errors = [_error(head, put_V, found_V) for head in heads]
     least = min(errors)
     return heads[errors.index(least)] if least <= _SAME.get(put_V.dtype, 0.0) else None

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from benchmarks.machine import machine, versions
+from benchmarks.machine import machine, result_file, versions
 from benchmarks.peers.protocol import LIBRARIES
 from lora_tune.data.packing import pack
 from lora_tune.model.attention import use_varlen
@@ -94,7 +94,7 @@ def main() -> int:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     given = parser.parse_args()
     torch.set_num_threads(1)
     found = [measure(*case, rounds=given.rounds) for case in CASES]

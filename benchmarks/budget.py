@@ -1,6 +1,6 @@
 """Does a training end with its time budget? Every schedule, with a slow stretch in the middle, by the wall clock.
 
-    python benchmarks/budget.py [--seconds 60] [--json FILE]
+    python -m benchmarks.budget [--seconds 60] [--json FILE]
 
 A random base (1.1 M parameters) trains under `train.budget` with an evaluation every 50 steps and checkpoints every
 100. Between one and two thirds of the time every step sleeps as long again as it should take. Printed for each
@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
+from benchmarks.machine import result_file
 from lora_tune.recipe import Train
 from lora_tune.training.evaluations import Evaluation
 from lora_tune.training.resume import RunFacts
@@ -119,7 +120,7 @@ def main() -> None:
     """Measure every schedule and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, default=60)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     given = parser.parse_args()
     torch.set_num_threads(1)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "trl", "peft")}

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.context_by_plan import PUBLISHED
-from benchmarks.machine import machine, versions
+from benchmarks.machine import machine, result_file, versions
 from benchmarks.peers.protocol import LIBRARIES
 from benchmarks.step import SHAPES, write_base
 
@@ -226,7 +226,7 @@ def main() -> int:
     parser.add_argument("--gib", default="8,12,16,24")
     parser.add_argument("--how", default=",".join(HOW))
     parser.add_argument("--base", type=Path, help="a folder for the random base, made if it is empty, and kept")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     given = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "versions": versions("lora_tune", *LIBRARIES), "shape": given.shape,
                               "rank": RANK, "limited": bool(machine()["gpu"]), "rows": {}}  # fmt: skip

@@ -1,6 +1,6 @@
 """How fast base and adapter answer: batches of ours beside `generate` of transformers, row by row and in batches.
 
-    python benchmarks/eval_speed.py [--rows 200] [--new-tokens 24] [--json FILE]
+    python -m benchmarks.eval_speed [--rows 200] [--new-tokens 24] [--json FILE]
 
 The embedded base with the example adapter answers held-out questions of the quickstart, greedily, on one CPU thread:
 row by row as most evaluation scripts do, in batches of 64 by transformers' own loop, and by ours (rows sorted by
@@ -29,6 +29,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 import torch
 
+from benchmarks.machine import result_file
 from lora_tune.adapter.at_hand import base_at_hand, chat_of_folder
 from lora_tune.adapter.load import load_adapter
 from lora_tune.data.chat_template import ChatTemplate
@@ -117,7 +118,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rows", type=int, default=200)
     options.add_argument("--new-tokens", type=int, default=24)
-    options.add_argument("--json", type=Path)
+    options.add_argument("--json", type=result_file)
     given = options.parse_args()
     torch.set_num_threads(1)
     folder, data = ROOT / "adapters" / "example", ROOT / "recipes" / "quickstart" / "held_out.jsonl"

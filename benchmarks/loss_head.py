@@ -14,13 +14,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.machine import result_file
 from lora_tune.model.kernels.loss_head import Head, summed
 
 SHAPES = ((8_192, 512, 1_024), (128_256, 512, 512))  # vocabulary, hidden size, trained tokens
@@ -65,7 +65,7 @@ def main() -> None:
     """Measure, print, and keep where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(arguments.rounds)

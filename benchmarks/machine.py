@@ -1,15 +1,20 @@
-"""What a measurement ran on, as it is kept beside every result."""
+"""What a measurement ran on, as it is kept beside every result, and how its command line is read."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
+STDOUT = Path("-")
 
 
 def machine() -> dict[str, Any]:
@@ -58,3 +63,51 @@ def versions(*names: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def result_file(text: str) -> Path:
+    """The file that a result will be kept in, as argparse reads it; `-` (STDOUT) is none.
+
+    Raises:
+        ArgumentTypeError: it could not be written; said before hours are measured for it.
+    """
+    path = Path(text)
+    if path == STDOUT:
+        return path
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}; make it, or name another file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written; name another file")
+    return path
+
+
+def at_least_one(text: str) -> int:
+    """A count, as argparse reads it. Raises: ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text!r}")
+    return int(text)
+
+
+def counts(text: str) -> list[int]:
+    """Counts with commas between them, as argparse reads them. Raises: ArgumentTypeError."""
+    return [at_least_one(part) for part in text.split(",")]
+
+
+def seconds(text: str) -> float:
+    """A time, as argparse reads it. Raises: ArgumentTypeError."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text!r}")
+    return found
+
+
+@contextmanager
+def result_alone() -> Iterator[None]:
+    """Send to stderr what libraries print while they are imported and measured: stdout is for the result."""
+    with redirect_stdout(sys.stderr):
+        yield

@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.machine import machine, versions
+from benchmarks.machine import machine, result_file, versions
 from benchmarks.peers.protocol import LIBRARIES
 from benchmarks.step import SHAPES, write_base
 from lora_tune.model import pieces
@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=1024, help="of the steps that are timed")
     parser.add_argument("--long", type=int, default=8192, help="of the step whose memory is measured")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     given = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {"machine": machine(), "versions": versions("lora_tune", *LIBRARIES), "shape": "small"}

@@ -1,6 +1,6 @@
 """What one decoder layer keeps for the backward pass, counted by saved-tensor hooks and fitted by least squares:
 
-    python benchmarks/saved_activations.py [MODEL_TYPE ...]
+    python -m benchmarks.saved_activations [MODEL_TYPE ...]
 
 Prints the bytes per token as factors of hidden size h, intermediate size i, query width q, key width k, heads, rank and
 1, in bfloat16 (as training runs: autocast, float32 adapters) and float32, with `train.kernels` off and auto.
@@ -9,7 +9,7 @@ Prints the bytes per token as factors of hidden size h, intermediate size i, que
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -176,10 +176,13 @@ def fit(
 
 def main() -> None:
     """Print a line for every model type and dtype."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_types", metavar="MODEL_TYPE", nargs="*", help=f"such as {', '.join(FAMILIES)}")
+    given = parser.parse_args()
     print(f"{'':14} {'':9} {'':4} {'h':>8} {'i':>8} {'q':>8} {'k':>8} {'heads':>8} {'rank':>8} {'1':>8} {'error':>8}")
     dtypes: tuple[Literal["bfloat16", "float32"], ...] = ("bfloat16", "float32")
     paths: tuple[Literal["off", "auto"], ...] = ("off", "auto")
-    for model_type, dtype, kernels in product(sys.argv[1:] or FAMILIES, dtypes, paths):
+    for model_type, dtype, kernels in product(given.model_types or FAMILIES, dtypes, paths):
         try:
             factors, error = fit(model_type, dtype, kernels=kernels)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as problem:

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from benchmarks.load_client import first_tokens, run_load
+from benchmarks.machine import result_file
 from benchmarks.random_adapters import write_adapters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument("--models", help="its models, with commas")
     parser.add_argument("--token", help="of that engine")
     parser.add_argument("--only", choices=["http", "mixing"])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "serve.json")
+    parser.add_argument("--output", type=result_file, default=ROOT / "benchmarks" / "results" / "serve.json")
     options = parser.parse_args()
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {psutil.cpu_count()} cores",

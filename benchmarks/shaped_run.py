@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import result_file
+
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parent / "recipes" / "quickstart" / "train.jsonl"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -142,7 +144,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="a file of alpaca rows")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps")
     parser.add_argument("--weights", type=Path, help="a base of this shape whose weight files are taken")
-    parser.add_argument("--keep", type=Path, help="write the summary to this JSON file")
+    parser.add_argument("--keep", type=result_file, help="write the summary to this JSON file")
     parser.add_argument("overrides", nargs="*", help="section.key=value, as for lora_tune.run")
     given = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, machine
+from benchmarks.machine import RESULTS, STDOUT, at_least_one, counts, machine, result_alone, result_file, seconds
 from benchmarks.peers.protocol import ROOT, Job, stay_home
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -292,15 +292,16 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--method", choices=("lora", "qlora"), default="qlora")
     parser.add_argument("--against", default="raw,trl,unsloth,llamafactory")
-    parser.add_argument("--batch", type=int, default=4, help="rows of a step")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a row")
-    parser.add_argument("--rounds", type=int, default=11, help="steps that count, besides three that do not")
-    parser.add_argument("--threads", default="1,2", help="of the two passes; one number: one pass")
+    parser.add_argument("--batch", type=at_least_one, default=4, help="rows of a step")
+    parser.add_argument("--length", type=at_least_one, default=256, help="tokens of a row")
+    parser.add_argument("--rounds", type=at_least_one, default=11, help="steps that count, besides three that do not")
+    parser.add_argument("--threads", type=counts, default="1,2", help="of the two passes; one number: one pass")
     parser.add_argument("--recompute", choices=("none", "all"), default="none", help="activations of all layers")
     parser.add_argument("--base", type=Path, help="a folder for the random base, made if it is empty, and kept")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="tools that are not done then are left out")
+    parser.add_argument("--seconds", type=seconds, default=math.inf, help="tools that are not done then are left out")
     parser.add_argument("--peers", type=Path, default=PEERS)
-    parser.add_argument("--json", nargs="?", const="-", help="print the result as one object, or keep it in a file")
+    kept = "print the result as one object, or keep it in a file"
+    parser.add_argument("--json", nargs="?", type=result_file, const=STDOUT, help=kept)
     parser.add_argument("--write", action="store_true", help="keep it as benchmarks/results/step_SHAPE_METHOD.json")
     given = parser.parse_args()
     against = given.against.split(",")
@@ -308,14 +309,14 @@ def main() -> int:
         parser.error(f"--against knows {', '.join((*HERE[1:], *OWN_ENVIRONMENT))}, got {', '.join(unknown)}")
     steps = given.rounds + WARM_UP + 1
     job = Job(given.method, steps, 1, batch=given.batch, length=given.length, recompute=given.recompute)
-    threads = [int(count) for count in given.threads.split(",")]
     names = list(dict.fromkeys(["lora_tune", *against]))
     places = {"peers": given.peers, "base": given.base}
-    result = measure(names, shape=given.shape, job=job, threads=threads, seconds=given.seconds, **places)
+    with result_alone():
+        result = measure(names, shape=given.shape, job=job, threads=given.threads, seconds=given.seconds, **places)
     text = json.dumps(result, indent=1)
-    print(text if given.json == "-" else said(result))
-    if given.json and given.json != "-":
-        Path(given.json).write_text(text + "\n", encoding="utf-8")
+    print(text if given.json == STDOUT else said(result))
+    if given.json and given.json != STDOUT:
+        given.json.write_text(text + "\n", encoding="utf-8")
     if given.write:
         (RESULTS / f"step_{given.shape}_{given.method}.json").write_text(text + "\n", encoding="utf-8")
     far = [row["tool"] for row in result["rows"] if row["furthest_from_raw"] > TOLERANCE and row["tool"] != "floor"]

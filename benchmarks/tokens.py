@@ -30,7 +30,7 @@ import numpy as np
 import trl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from benchmarks.machine import RESULTS, machine, versions
+from benchmarks.machine import RESULTS, STDOUT, at_least_one, machine, result_alone, result_file, versions
 from lora_tune.data.chat_template import ChatTemplate, RowError, load_chat_template
 from lora_tune.data.conversation import Conversation, Message
 
@@ -118,19 +118,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a JSON file of Alpaca records")
     parser.add_argument("--tokenizer", type=Path, required=True, help="a folder; it has a chat template")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=at_least_one, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", nargs="?", const="-", help="print the result as one object, or keep it in a file")
+    kept = "print the result as one object, or keep it in a file"
+    parser.add_argument("--json", nargs="?", type=result_file, const=STDOUT, help=kept)
     parser.add_argument("--write", action="store_true", help="keep it as benchmarks/results/tokens.json")
     given = parser.parse_args()
     several = "true" if given.threads > 1 else "false"
     os.environ |= {"RAYON_NUM_THREADS": str(given.threads), "TOKENIZERS_PARALLELISM": several}
-    result = measure(given.data, given.tokenizer, rounds=given.rounds) | {"threads": given.threads}
+    with result_alone():
+        result = measure(given.data, given.tokenizer, rounds=given.rounds) | {"threads": given.threads}
     text = json.dumps(result, indent=1)
-    for path in (given.json if given.json != "-" else None, RESULTS / "tokens.json" if given.write else None):
+    for path in (given.json if given.json != STDOUT else None, RESULTS / "tokens.json" if given.write else None):
         if path:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-    if given.json == "-":
+            path.write_text(text + "\n", encoding="utf-8")
+    if given.json == STDOUT:
         print(text)
         return
     for row in result["rows"]:

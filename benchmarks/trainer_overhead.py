@@ -1,6 +1,6 @@
 """What the trainer costs over a bare loop on a CPU, and what each of its overrides gives back, in one run.
 
-    python benchmarks/trainer_overhead.py [--steps 6] [--json FILE]
+    python -m benchmarks.trainer_overhead [--steps 6] [--json FILE]
 
 The same random base (4.9 M parameters, vocabulary 4,096), the same packed rows and the same optimizer steps go
 through: a bare PyTorch loop over the padding-free batches, SFTTrainer as it is, ours without folded batches, ours. The
@@ -30,6 +30,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
 from trl import SFTTrainer
 
+from benchmarks.machine import result_file
 from lora_tune.recipe import Train
 from lora_tune.training import trainer as ours
 
@@ -117,7 +118,7 @@ def main() -> None:
     """Measure the four loops in two dtypes and print tokens per CPU-second and the ratio to SFTTrainer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     given = parser.parse_args()
     torch.set_num_threads(1)
     train = Train(batch_size=16, micro_batch_size=8, max_length=LENGTH)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +167,93 @@ def test_our_trainer_learns_what_the_raw_loop_learns() -> None:
     assert [row["tool"] for row in result["rows"]] == ["lora_tune", "unfused", "raw", "trl"]
     assert all(row["furthest_from_raw"] < step.TOLERANCE for row in result["rows"])
     assert result["rows"][0]["losses"][0] > result["rows"][0]["final_loss"]
+
+
+# --- the command lines
+
+KEEP = {
+    "attention": "--json", "budget": "--json", "context": "--json", "eval_speed": "--json", "loss_head": "--json",
+    "memory": "--json", "recompute": "--json", "step": "--json", "trainer_overhead": "--json", "serve": "--output",
+    "shaped_run": "--keep", "tokens": "--json",
+}  # fmt: skip
+
+
+def refused(module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The line with which a benchmark refuses its arguments, before anything is measured."""
+    main = importlib.import_module(f"benchmarks.{module}").main
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [module, *arguments])
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert not said.out
+    return said.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("module", KEEP)
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(
+    module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place, why in ((tmp_path / "none" / "x.json", "there is no folder"), (tmp_path, "is a folder")):
+        assert why in refused(module, [KEEP[module], str(place)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "said"),
+    [
+        ("step", ["--rounds", "0"], "argument --rounds: must be 1 or more, got '0'"),
+        ("step", ["--rounds", "many"], "argument --rounds: must be 1 or more, got 'many'"),
+        ("step", ["--batch", "0"], "argument --batch: must be 1 or more"),
+        ("step", ["--length", "-3"], "argument --length: must be 1 or more"),
+        ("step", ["--threads", "1,x"], "argument --threads: must be 1 or more, got 'x'"),
+        ("step", ["--seconds", "0"], "argument --seconds: must be above 0, got '0'"),
+        ("step", ["--against", "raw,torchtune"], "got torchtune"),
+        ("memory", ["--batch", "0"], "argument --batch: must be 1 or more"),
+        ("memory", ["--length", "0"], "argument --length: must be 1 or more"),
+    ],
+)
+def test_an_argument_that_cannot_be_is_refused(
+    module: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(module, arguments, capsys)
+
+
+@pytest.mark.parametrize("module", [step, memory])
+def test_the_object_is_alone_on_stdout(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a library says while it is imported or measured (DeepSpeed's logger holds on to stdout) goes to stderr."""
+
+    def noisy(*_: Any, **__: Any) -> dict[str, Any]:
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+        print("a library's own words")
+        return {"rows": [], "left_out": {}}
+
+    logger = logging.getLogger("tests.noisy")
+    monkeypatch.setattr(module, "measure", noisy)
+    monkeypatch.setattr(sys, "argv", ["module", "--json"])
+    assert not module.main()
+    logger.warning("later words")
+    said = capsys.readouterr()
+    assert json.loads(said.out)["rows"] == [] and "own words" in said.err and "later words" in said.err
+    monkeypatch.setattr(sys, "argv", ["module", "--json", str(tmp_path / "kept.json")])
+    assert not module.main()
+    assert json.loads((tmp_path / "kept.json").read_text())["rows"] == []
+
+
+@SELDOM[0]
+@SELDOM[1]
+@pytest.mark.parametrize("module", ["step", "memory"])
+def test_the_command_prints_one_object(module: str) -> None:
+    few = ["--rounds", "1", "--threads", "1", "--against", "raw"] if module == "step" else []
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--shape", "tiny", "--batch", "1", "--length", "64", *few]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert json.loads(done.stdout)["rows"]
+
+
+def test_the_help_of_saved_activations_is_a_help(capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module("benchmarks.saved_activations").main
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["saved_activations", "--help"])
+        main()
+    assert ended.value.code == 0 and "MODEL_TYPE" in capsys.readouterr().out

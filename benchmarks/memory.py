@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, machine, versions
+from benchmarks.machine import RESULTS, STDOUT, at_least_one, machine, result_alone, result_file, versions
 from benchmarks.peers.protocol import ROOT, Job, stay_home
 from benchmarks.step import SHAPES, write_base, write_rows
 
@@ -164,19 +164,23 @@ def main() -> None:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--json", nargs="?", const="-", help="print the result as one object, or keep it in a file")
+    parser.add_argument("--batch", type=at_least_one, default=4)
+    parser.add_argument("--length", type=at_least_one, default=1024)
+    kept = "print the result as one object, or keep it in a file"
+    parser.add_argument("--json", nargs="?", type=result_file, const=STDOUT, help=kept)
     parser.add_argument("--write", action="store_true", help="keep it as benchmarks/results/memory_SHAPE.json")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
-        print(json.dumps(one_case(given.folder, json.loads(given.case))))
+        with result_alone():
+            found = one_case(given.folder, json.loads(given.case))
+        print(json.dumps(found))
         return
-    result = measure(given.shape, batch=given.batch, length=given.length)
+    with result_alone():
+        result = measure(given.shape, batch=given.batch, length=given.length)
     text = json.dumps(result, indent=1)
-    if given.json == "-":
+    if given.json == STDOUT:
         print(text)
     else:
         for row in result["rows"]:
@@ -186,7 +190,7 @@ def main() -> None:
                 f" ± {row['uncertain_gib']:.2f} (x {row['measured_over_planned']:.2f}),"
                 f" minimum {row['minimum_gib']:.2f} (x {row['measured_over_minimum']:.2f})"
             )
-    for path in ([Path(given.json)] if given.json not in (None, "-") else []) + (
+    for path in ([given.json] if given.json not in (None, STDOUT) else []) + (
         [RESULTS / f"memory_{given.shape}.json"] if given.write else []
     ):
         path.write_text(text + "\n", encoding="utf-8")

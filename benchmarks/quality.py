@@ -1,6 +1,6 @@
 """Held-out loss of our default hyper-parameters beside TRL's and Unsloth's: same base, rows, tokens, mask and order.
 
-    python -m benchmarks.quality [--data quickstart,gsm8k] [--seeds 5] [--stop-after 400]
+    python -m benchmarks.quality [--data quickstart,gsm8k] [--seeds 5] [--stop-after 400] [--equal time]
 
 What is compared are hyper-parameters (rank, alpha, targets, dropout, learning rate, schedule, warm-up, batch, packing,
 weight decay), each as its own project gives them, one epoch over the same rows; all run in our trainer, so that
@@ -8,6 +8,9 @@ nothing else differs: the loss is on answers for all, rows that are not packed a
 base is the embedded one, so sequences have at most 1,024 tokens. Seeds are paired: a seed is the same order of rows
 and draws for all. A run that the results file has already, with the same settings, is not made again, so that the
 command may be stopped and started anew; `benchmarks/results/quality.md` is made from the file.
+
+`--equal time`: one epoch of each is timed anew, in turns, and what takes less processor time than ours goes on to the
+same time over the same rows, its schedule over all of its steps. Nothing is given less than its epoch.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,15 +72,15 @@ class Settings:
         targets: Any = self.targets
         return Lora(rank=self.rank, alpha=self.alpha, targets=targets, dropout=self.dropout)
 
-    def train(self) -> Train:
-        """One epoch."""
+    def train(self, steps: int | None = None) -> Train:
+        """One epoch, or so many steps."""
         schedule: Any = self.schedule
         packed = self.batch_size if self.packing else 16
         return Train(
             learning_rate=self.learning_rate, schedule=schedule, warmup=self.warmup, batch_size=self.batch_size,
             packing=self.packing, weight_decay=self.weight_decay, max_length=LENGTH, optimizer="adamw",
             micro_batch_size=math.gcd(self.batch_size, 4 if self.packing else packed), gradient_checkpointing="none",
-            save_every=10**6,
+            save_every=10**6, max_steps=steps,
         )  # fmt: skip
 
 
@@ -142,15 +145,15 @@ class Bench:
         self.chat = load_chat_template(load_tokenizer(self.source))
         self._conversations: dict[str, Any] = {}
 
-    def run(self, data: str, settings: Settings, *, seed: int) -> dict[str, Any]:
-        """Train one epoch and measure; loss in nats per answer token, CPU seconds of the training alone."""
+    def run(self, data: str, settings: Settings, *, seed: int, steps: int | None = None) -> dict[str, Any]:
+        """Train one epoch, or so many steps, and measure: nats per answer token, CPU seconds of the training alone."""
         from lora_tune.data.pipeline import encode
         from lora_tune.evaluation.losses import mean_loss, row_losses
         from lora_tune.model.base import load_base
         from lora_tune.model.methods import attach
         from lora_tune.training.trainer import build
 
-        lora, train = settings.lora(), settings.train()
+        lora, train = settings.lora(), settings.train(steps)
         prepared = encode(
             self.conversations(data), self.chat, loss_on="assistant", train=train, limits=NO_LIMITS, seed=seed
         )
@@ -233,12 +236,39 @@ def table(result: dict[str, Any]) -> str:
                 f"| {tool} | {mine[0]['steps']} | {mine[0]['tokens'] / mine[0]['steps']:,.0f} | {cpu_s:.0f} |"
                 f" {statistics.fmean(found.values()):.4f}{spread} | {gap} |"
             )
+    if "equal_time" in result:
+        lines += equal_time_lines(result)
     lines.append("\n## The settings\n")
     for tool, found in result["settings"].items():
         words = ", ".join(f"{key} {value}" for key, value in found.items() if key != "source")
         lines.append(f"* **{tool}**: {words}. From: {found['source']}.")
     return "\n".join(lines) + "\n"
 
+
+def equal_time_lines(result: dict[str, Any]) -> list[str]:
+    """What was reached in the processor time of our epoch."""
+    runs, epochs = result["equal_time"]["runs"], result["equal_time"]["epochs"]
+    lines = [EQUAL_TIME, "| rows | settings of | CPU s an epoch | its steps | steps here | held-out loss (s.d.) | seeds |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for epoch in epochs:
+        data, tool = epoch["data"], epoch["tool"]
+        mine = [run for run in runs if (run["data"], run["tool"]) == (data, tool)]
+        found = losses(mine or result["runs"], data, tool)
+        spread = f" ({statistics.stdev(found.values()):.4f})" if len(found) > 1 else ""
+        steps = f"{epoch['steps']} | {(mine or [epoch])[0]['steps']}"
+        loss = f"{statistics.fmean(found.values()):.4f}{spread} | {len(found)}"
+        lines.append(f"| {data} | {tool} | {epoch['cpu_s']:.1f} | {steps} | {loss} |")
+    return lines
+
+
+EQUAL_TIME = """
+## In the same processor time (`--equal time`)
+
+One epoch of each with seed 0, timed in turns in one run; what took less than ours went on to the same time, its
+schedule over all of its steps. What took as long or longer has its epoch, as above: nothing was given less. Steps cost
+here what they cost in our trainer; in their own they cost more (side_by_side.md), so that others have more steps here
+than in the same time of their own.
+"""
 
 HEADER = """# Our default hyper-parameters beside those of others
 
@@ -247,8 +277,35 @@ per answer token on rows that were not trained on, mean over paired seeds. A neg
 reach the lower loss. All hyper-parameters run in our trainer, rows that are not packed without padding; a step of their
 own trainers costs what `benchmarks.step` measures. Most of the difference is the learning rate, which is in inverse
 proportion to the width here and fixed there: for a 7B base ours is 2.3e-4, near their 2e-4, and nothing was measured
-on one. The last line of each table is a control with our rate: what steps of other sizes alone do.
+on one. The last line of each table is a control with our rate: what steps of other sizes alone do. Processor time is
+that of a shared machine, of runs made at different times: it is compared below, where all were timed in turns.
 {cores} cores, torch {torch}, transformers {transformers}, TRL {trl}, PEFT {peft}."""
+
+
+def steps_in_our_time(epochs: Sequence[dict[str, Any]], data: str, tool: str) -> int | None:
+    """Steps that fill the processor time of our epoch; None where an epoch takes as long."""
+    found = {epoch["tool"]: epoch for epoch in epochs if epoch["data"] == data}
+    epoch = found[tool]
+    steps = round(epoch["steps"] * found["lora_tune"]["cpu_s"] / epoch["cpu_s"])
+    return steps if steps > epoch["steps"] else None
+
+
+def missing(kept: dict[str, Any], given: argparse.Namespace) -> Iterator[tuple[list[dict[str, Any]], str, str, int]]:
+    """The runs that are not there yet: the list that each belongs to, data, tool and seed."""
+    tools = [name.strip().replace("_ ", ", ") for name in given.tools.split(",")]
+    if given.equal == "time":
+        tools = [tool for tool in tools if tool != CONTROL]
+        epochs, runs = kept["equal_time"]["epochs"], kept["equal_time"]["runs"]
+        for data in given.data.split(","):
+            if not any(epoch["data"] == data for epoch in epochs):
+                yield from ((epochs, data, tool, 0) for tool in tools)
+    else:
+        runs = kept["runs"]
+    for seed in range(given.seeds):
+        for data in given.data.split(","):
+            for tool in tools:
+                if not any((run["data"], run["tool"], run["seed"]) == (data, tool, seed) for run in runs):
+                    yield runs, data, tool, seed
 
 
 def main() -> None:
@@ -257,6 +314,7 @@ def main() -> None:
     parser.add_argument("--data", default=",".join(DATA))
     parser.add_argument("--tools", default=",".join(TOOLS).replace(", ", "_ "), help="names, `,` between them")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--equal", choices=("data", "time"), default="data", help="one epoch, or our epoch's time")
     parser.add_argument("--stop-after", type=float, default=1e9, help="start no run after so many seconds")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
@@ -264,25 +322,28 @@ def main() -> None:
     began, bench = time.monotonic(), Bench(Path(corpus) if corpus else None)
     kept = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"settings": {}, "runs": []}
     current = {tool: json.loads(json.dumps(asdict(settings))) for tool, settings in TOOLS.items()}
-    runs = [run for run in kept["runs"] if kept["settings"].get(run["tool"]) == current.get(run["tool"])]
-    done = {(run["data"], run["tool"], run["seed"]) for run in runs}
-    tools = [name.strip().replace("_ ", ", ") for name in given.tools.split(",")]
-    for seed in range(given.seeds):
-        for data in given.data.split(","):
-            for tool in tools:
-                if (data, tool, seed) in done or time.monotonic() - began > given.stop_after:
-                    continue
-                run = {"data": data, "tool": tool, "seed": seed, **bench.run(data, TOOLS[tool], seed=seed)}
-                print(json.dumps(run), flush=True)
-                runs.append(run)
-                result = {
-                    "machine": machine(),
-                    "versions": versions("torch", "transformers", "trl", "peft"),
-                    "settings": current,
-                    "runs": runs,
-                }
-                given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-                given.out.with_suffix(".md").write_text(table(result), encoding="utf-8")
+    for part in (kept, kept.get("equal_time", {})):
+        for name in part.keys() & {"runs", "epochs"}:
+            part[name] = [run for run in part[name] if kept["settings"].get(run["tool"]) == current.get(run["tool"])]
+    if given.equal == "time":
+        kept.setdefault("equal_time", {"epochs": [], "runs": []})
+    for runs, data, tool, seed in missing(kept, given):
+        if time.monotonic() - began > given.stop_after:
+            break
+        equal = kept.get("equal_time", {})
+        steps = steps_in_our_time(equal["epochs"], data, tool) if runs is equal.get("runs") else None
+        if runs is equal.get("runs") and steps is None:
+            continue
+        run = {"data": data, "tool": tool, "seed": seed, **bench.run(data, TOOLS[tool], seed=seed, steps=steps)}
+        print(json.dumps(run), flush=True)
+        runs.append(run)
+        result = kept | {
+            "machine": machine(),
+            "versions": versions("torch", "transformers", "trl", "peft"),
+            "settings": current,
+        }
+        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        given.out.with_suffix(".md").write_text(table(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

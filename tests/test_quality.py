@@ -65,9 +65,31 @@ def test_our_defaults_are_worse_than_none(data: str) -> None:
             assert quality.interval([own[s] for s in shared], [found[s] for s in shared])[2] < 0, tool
 
 
-def test_five_seeds_were_compared() -> None:
-    seeds = {data: len(quality.losses(RESULT["runs"], data, "lora_tune")) for data in quality.DATA}
-    assert max(seeds.values()) >= 5, seeds
+@pytest.mark.parametrize("data", sorted(quality.DATA))
+def test_five_seeds_of_every_side_were_compared(data: str) -> None:
+    seeds = {tool: len(quality.losses(RESULT["runs"], data, tool)) for tool in quality.TOOLS}
+    assert min(seeds.values()) >= 5, seeds
+
+
+def test_our_defaults_are_worse_than_none_in_the_same_time() -> None:
+    equal = RESULT["equal_time"]
+    assert {epoch["data"] for epoch in equal["epochs"]} == set(quality.DATA)
+    for epoch in equal["epochs"]:
+        data, tool = epoch["data"], epoch["tool"]
+        steps, own = (
+            quality.steps_in_our_time(equal["epochs"], data, tool),
+            quality.losses(RESULT["runs"], data, "lora_tune"),
+        )
+        found = quality.losses(equal["runs"], data, tool)
+        assert len(found) == (5 if steps else 0) and all(own[seed] < loss for seed, loss in found.items()), tool
+        assert all(run["steps"] == steps for run in equal["runs"] if (run["data"], run["tool"]) == (data, tool))
+
+
+def test_what_takes_less_than_our_epoch_goes_on() -> None:
+    took = {"lora_tune": (10, 30.0), "quick": (8, 20.0), "slow": (9, 31.0)}
+    epochs = [{"data": "d", "tool": tool, "steps": steps, "cpu_s": s} for tool, (steps, s) in took.items()]
+    found = {tool: quality.steps_in_our_time(epochs, "d", tool) for tool in took}
+    assert found == {"lora_tune": None, "quick": 12, "slow": None}
 
 
 def test_the_interval_is_students() -> None:

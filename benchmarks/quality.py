@@ -248,8 +248,8 @@ def table(result: dict[str, Any]) -> str:
 def equal_time_lines(result: dict[str, Any]) -> list[str]:
     """What was reached in the processor time of our epoch."""
     runs, epochs = result["equal_time"]["runs"], result["equal_time"]["epochs"]
-    lines = [EQUAL_TIME, "| rows | settings of | CPU s an epoch | its steps | steps here | held-out loss (s.d.) | seeds |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    head = "| rows | settings of | CPU s an epoch | its steps | steps here | held-out loss (s.d.) | seeds |"
+    lines = [EQUAL_TIME, head, "|---" * 7 + "|"]
     for epoch in epochs:
         data, tool = epoch["data"], epoch["tool"]
         mine = [run for run in runs if (run["data"], run["tool"]) == (data, tool)]

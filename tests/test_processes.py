@@ -123,6 +123,8 @@ def test_several_processes_train_as_one(
     assert ended.codes == (0,) * world, ended.err
     assert not any(ended.err[1:] + ended.out[1:]), "only the first process prints"
     assert ("all 49 weights are divided over 2 processes" in ended.err[0]) == (strategy != "ddp")
+    left = "train.kernels: 14 layers keep PEFT's path (divided between processes)"
+    assert ended.err[0].count(left) == (strategy != "ddp")
     require_same(workplace / name, alone(base))
     shares = json.loads((workplace / name / "ledger.json").read_text())["rows_of_processes"]
     assert sum(shares) == ROWS and len(shares) == world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -338,3 +339,15 @@ def test_training_tries_no_connection(tiny_base: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", OFFLINE, str(tests), str(tiny_base), str(tmp_path / "run")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_trl_does_not_advise_against_rows_that_are_packed_already(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A micro-batch of 1 is a full row of documents; nothing else that TRL says is lost."""
+    train = Train(batch_size=2, micro_batch_size=1, max_steps=1, max_length=64)
+    kit.trainer(tmp_path, tiny_base, kit.rows(4), train=train)
+    logging.getLogger("trl.trainer.sft_trainer").warning("You are using something else")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("trl")] == [
+        "You are using something else"
+    ]

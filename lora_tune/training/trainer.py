@@ -7,7 +7,6 @@ epoch), the guard against numbers that are not finite, evaluations that leave no
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -30,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from lora_tune.errors import DataError
 from lora_tune.interrupts import Stop
 from lora_tune.model.kernels.compiled import compile_layers
-from lora_tune.model.kernels.fuse import fuse
+from lora_tune.model.kernels.fuse import fuse, left_divided
 from lora_tune.model.kernels.loss_head import find_head
 from lora_tune.model.methods import cast_inputs
 from lora_tune.model.rate import learning_rate, rate_of
@@ -87,19 +86,16 @@ def build(
     train = train.model_copy(update={"learning_rate": rate})
     args = _sft_config(model, train=train, steps=steps, seed=seed, folder=folder)
     trainer = RunTrainer(model, args, rows, chat=chat, train=train, steps=steps, evaluation=evaluation)
-    if not trainer.team.divided:  # a divided layer has its weights only while it computes
-        if train.compile == "layers":
-            compile_layers(trainer.model)
-        elif train.kernels == "auto":
-            trainer.left_unfused = fuse(trainer.model).left
+    if train.compile == "layers":  # refused where layers are divided
+        compile_layers(trainer.model)
+    elif train.kernels == "auto":  # a divided layer has its weights only while it computes
+        trainer.left_unfused = left_divided(trainer.model) if trainer.team.divided else fuse(trainer.model).left
     return trainer
 
 
 def _sft_config(model: PeftModel, *, train: Train, steps: Steps, seed: int, folder: Path) -> SFTConfig:
     """The one place where SFTConfig is filled in."""
     precision = mixed_precision(model)
-    # of several processes each is the only one to transformers, which warns that it sees a process group all the same
-    logging.getLogger("transformers.training_args").addFilter(lambda said: "process group" not in said.getMessage())
     return SFTConfig(
         output_dir=str(folder),
         seed=seed,

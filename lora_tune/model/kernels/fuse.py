@@ -113,6 +113,11 @@ def why_not(layer: Any) -> str:
     return ""
 
 
+def left_divided(model: nn.Module) -> dict[str, int]:
+    """What keeps PEFT's path, and how often, where each layer is divided between processes: all that is adapted."""
+    return {"divided between processes": sum(1 for _ in _adapted(model))}
+
+
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The adapted linear layers, known by what they consist of."""
     parts = ("lora_A", "lora_B", "lora_dropout", "scaling", "base_layer")

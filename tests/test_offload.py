@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lora_tune.model.base import checkpoint_layers, load_base
 from lora_tune.model.choice import cheapest_changes
 from lora_tune.model.footprint import job_of
 from lora_tune.model.methods import SavedAdapter, check_start
-from lora_tune.model.offload import HostEmbedding, keep_embedding_on_host, offload_checkpoints
+from lora_tune.model.offload import HostEmbedding, Store, keep_embedding_on_host, offload_checkpoints
 from lora_tune.model.source import find_base
 from lora_tune.model.strategy import conflicts
 from lora_tune.recipe import Base, Lora, Recipe, Train
@@ -60,6 +61,35 @@ def test_loss_and_gradients_are_the_same_numbers(family: str, dtype: torch.dtype
         torch.testing.assert_close(found, expected)
         assert store.moved == 3 * moved, "each micro-batch sends away all inputs but the last"
         assert len(store.free) <= max(moved, 1), "memory is used again"
+
+
+def test_two_inputs_are_on_the_device_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of six layers: in the backward pass the one of the layer that is computed again, and the next on its way."""
+    torch.manual_seed(2)
+    sizes = SMALL | {"num_hidden_layers": 6}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).train()
+    model.enable_input_require_grads()
+    checkpoint_layers(model, "all")
+    offload_checkpoints(model)
+    seen: list[weakref.ref[torch.Tensor]] = []
+    together: list[int] = []
+    sent_for, get = Store._sent_for, Store.get
+
+    def watched(store: Store, kept: Any) -> torch.Tensor:
+        copy = sent_for(store, kept)
+        seen.append(weakref.ref(copy))
+        return copy
+
+    def counted(store: Store, kept: Any) -> torch.Tensor:
+        found = get(store, kept)
+        together.append(len({id(found), *(id(one()) for one in seen if one() is not None)}))
+        return found
+
+    monkeypatch.setattr(Store, "_sent_for", watched)
+    monkeypatch.setattr(Store, "get", counted)
+    ids = torch.randint(3, 96, (2, 8))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert together == [2, 2, 2, 2, 2, 1]
 
 
 def test_two_forward_passes_before_their_backward_passes_do_not_mix() -> None:

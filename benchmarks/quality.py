@@ -1,6 +1,6 @@
 """Held-out loss of our default hyper-parameters beside TRL's and Unsloth's: same base, rows, tokens, mask and order.
 
-    python -m benchmarks.quality [--data quickstart,gsm8k] [--seeds 5] [--stop-after 400] [--equal time]
+    python -m benchmarks.quality [--data quickstart,gsm8k] [--seeds 5] [--stop-after 400] [--equal time] [--json [FILE]]
 
 What is compared are hyper-parameters (rank, alpha, targets, dropout, learning rate, schedule, warm-up, batch, packing,
 weight decay), each as its own project gives them, one epoch over the same rows; all run in our trainer, so that
@@ -23,11 +23,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, machine, versions
+from benchmarks.machine import RESULTS, STDOUT, at_least_one, machine, result_alone, result_file, versions
 from lora_tune.model.rate import learning_rate
 from lora_tune.model.source import find_base
 from lora_tune.recipe import Base, DataSource, Limits, Lora, Train
@@ -292,32 +293,63 @@ def steps_in_our_time(epochs: Sequence[dict[str, Any]], data: str, tool: str) ->
 
 def missing(kept: dict[str, Any], given: argparse.Namespace) -> Iterator[tuple[list[dict[str, Any]], str, str, int]]:
     """The runs that are not there yet: the list that each belongs to, data, tool and seed."""
-    tools = [name.strip().replace("_ ", ", ") for name in given.tools.split(",")]
+    tools = given.tools
     if given.equal == "time":
         tools = [tool for tool in tools if tool != CONTROL]
         epochs, runs = kept["equal_time"]["epochs"], kept["equal_time"]["runs"]
-        for data in given.data.split(","):
+        for data in given.data:
             if not any(epoch["data"] == data for epoch in epochs):
                 yield from ((epochs, data, tool, 0) for tool in tools)
     else:
         runs = kept["runs"]
     for seed in range(given.seeds):
-        for data in given.data.split(","):
+        for data in given.data:
             for tool in tools:
                 if not any((run["data"], run["tool"], run["seed"]) == (data, tool, seed) for run in runs):
                     yield runs, data, tool, seed
 
 
+def known_tools(text: str) -> list[str]:
+    """Names of settings, with commas between them, as argparse reads them. Raises: ArgumentTypeError."""
+    return _known([name.strip().replace("_ ", ", ") for name in text.split(",")], list(TOOLS))
+
+
+def known_data(text: str) -> list[str]:
+    """Names of rows, with commas between them, as argparse reads them. Raises: ArgumentTypeError."""
+    return _known([name.strip() for name in text.split(",")], list(DATA))
+
+
+def _known(names: list[str], known: list[str]) -> list[str]:
+    if unknown := [name for name in names if name not in known]:
+        written = ", ".join(name.replace(", ", "_ ") for name in known)
+        raise argparse.ArgumentTypeError(f"knows {written}, got {unknown[0]!r}")
+    return names
+
+
 def main() -> None:
-    """Make the runs that are missing, each written when it is done."""
+    """Make the runs that are missing, each written when it is done; print them, or with --json all in one object."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", default=",".join(DATA))
-    parser.add_argument("--tools", default=",".join(TOOLS).replace(", ", "_ "), help="names, `,` between them")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--data", type=known_data, default=",".join(DATA))
+    parser.add_argument(
+        "--tools", type=known_tools, default=",".join(TOOLS).replace(", ", "_ "), help="names, `,` between them"
+    )
+    parser.add_argument("--seeds", type=at_least_one, default=5)
     parser.add_argument("--equal", choices=("data", "time"), default="data", help="one epoch, or our epoch's time")
     parser.add_argument("--stop-after", type=float, default=1e9, help="start no run after so many seconds")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=result_file, default=RESULT)
+    words = "print all runs as one object, or keep them in a file as well"
+    parser.add_argument("--json", nargs="?", type=result_file, const=STDOUT, help=words)
     given = parser.parse_args()
+    with result_alone() if given.json == STDOUT else nullcontext():
+        text = json.dumps(made(given), indent=1)
+    if given.json == STDOUT:
+        print(text)
+    elif given.json:
+        given.json.write_text(text + "\n", encoding="utf-8")
+
+
+def made(given: argparse.Namespace) -> dict[str, Any]:
+    """Everything that was run for these arguments, now or before; written after every run."""
     corpus = os.environ.get("LORA_TUNE_CORPUS")
     began, bench = time.monotonic(), Bench(Path(corpus) if corpus else None)
     kept = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"settings": {}, "runs": []}
@@ -327,6 +359,7 @@ def main() -> None:
             part[name] = [run for run in part[name] if kept["settings"].get(run["tool"]) == current.get(run["tool"])]
     if given.equal == "time":
         kept.setdefault("equal_time", {"epochs": [], "runs": []})
+    result = kept
     for runs, data, tool, seed in missing(kept, given):
         if time.monotonic() - began > given.stop_after:
             break
@@ -344,6 +377,7 @@ def main() -> None:
         }
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         given.out.with_suffix(".md").write_text(table(result), encoding="utf-8")
+    return result
 
 
 if __name__ == "__main__":

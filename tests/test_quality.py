@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,3 +97,52 @@ def test_the_interval_is_students() -> None:
     mean, low, high = quality.interval([1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 2.0, 1.0, 4.0, 3.0])
     assert mean == pytest.approx(1.0)
     assert (low, high) == pytest.approx((1 - 2.776 / 5**0.5, 1 + 2.776 / 5**0.5))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tools", "lora_tune,torchtune"], "argument --tools: knows lora_tune, "),
+        (["--tools", "lora_tune,"], "got ''"),
+        (["--data", "quickstart,alpaca"], "argument --data: knows quickstart, gsm8k, got 'alpaca'"),
+        (["--seeds", "0"], "argument --seeds: must be 1 or more, got '0'"),
+        (["--out", "/nonexistent/x.json"], "argument --out: there is no folder /nonexistent"),
+        (["--json", "/nonexistent/x.json"], "argument --json: there is no folder /nonexistent"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quality, "Bench", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(sys, "argv", ["quality", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        quality.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_every_tool_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tool in quality.TOOLS:
+        assert quality.known_tools(tool.replace(", ", "_ ")) == [tool]
+    assert quality.known_tools(",".join(quality.TOOLS).replace(", ", "_ ")) == list(quality.TOOLS)
+
+
+def test_json_is_one_object_of_all_that_was_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Bench:
+        def __init__(self, corpus: Path | None) -> None:
+            print("a library's own words")
+
+        def run(self, data: str, settings: Any, **given: Any) -> dict[str, Any]:
+            return {**RESULT["runs"][0], "data": data, "seed": given["seed"]}
+
+    monkeypatch.setattr(quality, "Bench", Bench)
+    out, kept = tmp_path / "out.json", tmp_path / "kept.json"
+    few = ["quality", "--tools", "lora_tune", "--data", "quickstart", "--seeds", "2", "--out", str(out), "--json"]
+    monkeypatch.setattr(sys, "argv", few)
+    quality.main()
+    said = capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*few, str(kept)])  # everything is there already
+    quality.main()
+    assert json.loads(said.out) == json.loads(out.read_text()) == json.loads(kept.read_text())
+    assert [run["seed"] for run in json.loads(said.out)["runs"]] == [0, 1] and "own words" in said.err

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import shadow_step
 from benchmarks.recompute import Side, peak_bytes
 from lora_tune.model import pieces
 from lora_tune.model.footprint import Choice, Job, _training, job_of
+from lora_tune.model.kernels import plain
 from lora_tune.model.pieces import piece_tokens
 from lora_tune.recipe import Base, Lora, Train
 
@@ -33,6 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def as_short_as_those_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 2 * 448 * 128)
+    monkeypatch.setattr(plain, "_WHOLE", 0)
 
 
 def job(tokens: int, **train: Any) -> Job:
@@ -74,6 +77,19 @@ def test_a_further_token_of_an_evaluation_takes_what_is_planned(base: Path) -> N
         pieces.evaluation_bytes(shape, tokens, element=2, lora=Lora(), kernels="auto") for tokens in (long, 2 * long)
     ]
     assert planned[1] - planned[0] == pytest.approx(taken, rel=0.05)
+
+
+@pytest.mark.parametrize("recomputed", ["all", "none"])
+def test_a_step_at_the_shape_of_an_8b_model_holds_what_is_planned(
+    recomputed: shadow_step.Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real functions on tensors without values: every storage counted."""
+    monkeypatch.undo()
+    with shadow_step.shadows():
+        model = shadow_step.model_of(3, recomputed)
+        counted = [shadow_step.most_bytes(model, tokens) for tokens in (8192, 32768)]
+    planned = [shadow_step.planned_bytes(tokens, 3, recomputed) for tokens in (8192, 32768)]
+    assert planned == pytest.approx(counted, rel=0.1)
 
 
 @given(tokens=st.integers(0, 100_000), width=st.integers(1, 100_000), element=st.sampled_from([2, 4, 8]))

@@ -13,7 +13,7 @@ from lora_tune.recipe import Lora
 
 CACHE_BYTES = 2**30  # keys and values of a batch of answers, at most
 PIECE_BYTES = 2**26  # of one tensor: 2,340 tokens of the MLP of an 8B Llama in 16 bit
-_WIDE = 6  # as wide as the MLP in its backward pass: gate, up, their product, the gradients of the three
+_WIDE = 5  # as wide as the MLP in its backward pass: gate, up, and the gradients of the product and of the two
 _EVALUATED = 7  # as wide as the hidden size: stream, norm, queries, and four while they are rotated
 
 
@@ -30,10 +30,15 @@ def keeps_input_alone(shape: Shape, *, lora: Lora, kernels: Kernels) -> bool:
 
 
 def backward_bytes(shape: Shape, tokens: int, *, element: int) -> float:
-    """What the backward pass of a recomputed layer needs beside what it keeps, where the MLP works by pieces."""
+    """What the backward pass of a recomputed layer needs beside what it keeps, where the MLP works by pieces.
+
+    In the MLP, or in attention, which sums up the gradient of its queries in float32. The input of the layer's first
+    norm is that of the layer, and counted as such.
+    """
     width = shape.active_intermediate
-    wide = _WIDE * piece_tokens(tokens, width, element=element) * width
-    return float(element * (wide + 3 * shape.hidden * tokens))
+    mlp = _WIDE * piece_tokens(tokens, width, element=element) * width + shape.hidden * tokens
+    attention = 2 * (shape.hidden + shape.key_value) * tokens
+    return float(element * max(mlp, attention))
 
 
 def evaluation_bytes(shape: Shape, tokens: int, *, element: int, lora: Lora, kernels: Kernels) -> float:

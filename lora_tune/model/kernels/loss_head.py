@@ -81,6 +81,8 @@ class SummedLoss(torch.autograd.Function):
                 if keep == "gradient":
                     scaled_NV = d_NV.mul_(lift).to(dtype) if lift > 1 else d_NV
                     torch.mm(scaled_NV, weight_VH, out=dx_NH[tile])
+                    del scaled_NV
+                del logits_NV, d_NV  # one tile is there at a time
         ctx.save_for_backward(*((dx_NH, predicts_N) if keep == "gradient" else ()))
         ctx.shape, ctx.dtype, ctx.lift = hidden_BTH.shape, hidden_BTH.dtype, lift
         return total

@@ -6,7 +6,11 @@ Every combination of LoRA and QLoRA, fused and PEFT's path, no layer and every l
 process of its own. On a CPU the peak is what the process grew by: its resident high-water mark during the steps, less
 what it held before the base was loaded and after a training of a tiny base had brought every library in; glibc's malloc
 is told to give freed memory back at once, so that what is held counts and not what it keeps. On a GPU it is what torch
-allocated at most. Neither holds the runtime's own memory, which is left out of the plan as well.
+allocated at most. Neither holds the runtime's own memory, which is left out of the plan as well. Planned is what the
+plan counts for a training step; the evaluation, which needs more where all layers are recomputed, is not made here.
+Of several rows in a batch the plan counts attention with a mask, as rows of unequal length need it; those here are of
+one length and need none, so that `--batch 1` is what the plan means. On a CPU the case is then trained once more under
+PyTorch's profiler: `allocated` is the most that PyTorch itself held, without what its libraries and malloc add.
 
 The minimum is what the algebra needs and no more: weights, 16-bit adapters and gradients with 32-bit moments, kept
 activations of fused layers (12h + 4I + 4kv bytes per token), and the larger of a loss head in tiles and one layer's
@@ -53,24 +57,25 @@ def minimum_gib(sizes: dict[str, int], job: Job, *, recomputed: int) -> float:
 
 
 def planned_gib(folder: Path, job: Job, *, kernels: str, checkpointing: str) -> tuple[float, float, dict[str, float]]:
-    """GiB that the plan gives without the runtime, its uncertainty, and its parts."""
+    """GiB that the plan counts for a training step without the runtime, its uncertainty, and its parts."""
     import torch
 
     from benchmarks.peers.here import base_section, train_section
-    from lora_tune.model.memory import plan_memory
+    from lora_tune.model import footprint
     from lora_tune.recipe import Lora
 
-    plan = plan_memory(
-        json.loads((folder / "base" / "config.json").read_text()),
+    config = json.loads((folder / "base" / "config.json").read_text())
+    planned = footprint.job_of(
+        config,
         base=base_section(folder, job),
         lora=Lora(rank=job.rank, alpha=job.alpha),
         train=train_section(job, kernels=kernels, checkpointing=checkpointing),
-        budget_gib=1e6,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
-    parts = dict(plan.formula_gib)
-    runtime = parts.pop("runtime")
-    return sum(parts.values()), max(plan.uncertainty_gib - 0.4 * runtime, 0.0), parts
+    layers = config["num_hidden_layers"] if checkpointing == "all" else 0
+    found = footprint._training(planned, footprint.Choice(job.batch, layers, "adamw"))
+    parts = {name: size / GIB for name, size in found.items() if name != "runtime"}
+    return sum(parts.values()), footprint.uncertainty_gib(planned, parts), parts
 
 
 def resident_mib(field: str) -> float:
@@ -96,6 +101,19 @@ def trained(folder: Path, job: Job, *, kernels: str, checkpointing: str) -> floa
     return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else resident_mib("VmHWM")
 
 
+def allocated_gib(folder: Path, job: Job, *, kernels: str, checkpointing: str) -> float:
+    """Train; returns the most that PyTorch held of parameters and all that the steps allocate, by its profiler."""
+    from benchmarks.peers.here import ours, train_section
+    from benchmarks.recompute import peak_bytes
+
+    section = train_section(job, kernels=kernels, checkpointing=checkpointing)
+    with tempfile.TemporaryDirectory() as out:
+        trainer = ours(folder, job, Path(out), train=section)
+        storages = [parameter.untyped_storage() for parameter in trainer.model.parameters()]
+        held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return (held + peak_bytes(trainer.train)) / GIB
+
+
 def one_case(folder: Path, case: dict[str, str]) -> dict[str, Any]:
     """What a case took, in this process; `folder` holds the bases `tiny` and `real`, each with rows and job."""
     import torch
@@ -114,9 +132,11 @@ def one_case(folder: Path, case: dict[str, str]) -> dict[str, Any]:
     sizes = json.loads((folder / "real" / "base" / "config.json").read_text())
     layers = sizes["num_hidden_layers"] if case["checkpointing"] == "all" else 0
     least = minimum_gib(sizes, jobs["real"], recomputed=layers)
+    allocated = measured if torch.cuda.is_available() else allocated_gib(folder / "real", jobs["real"], **how)
     found = {
-        "measured_gib": measured, "planned_gib": planned, "uncertain_gib": uncertain, "minimum_gib": least,
-        "measured_over_planned": measured / planned, "measured_over_minimum": measured / least,
+        "measured_gib": measured, "allocated_gib": allocated, "planned_gib": planned, "uncertain_gib": uncertain,
+        "minimum_gib": least, "measured_over_planned": measured / planned,
+        "allocated_over_planned": allocated / planned, "measured_over_minimum": measured / least,
     }  # fmt: skip
     return {
         **case,

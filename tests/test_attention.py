@@ -31,11 +31,13 @@ COMPUTED: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }  # fmt: skip
+NO_OTHER_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
 KEPT_OUT: dict[str, tuple[dict[str, Any], str]] = {
     "gemma2": ({}, "eager"),
     "gpt_oss": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "eager"),
     "llama": ({"attention_dropout": 0.1}, "dropout"),
-    "gpt2": ({"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, ""),
+    "gpt2": ({"attn_pdrop": 0.0, **NO_OTHER_DROPOUT}, ""),
+    "gpt2 as it is": (NO_OTHER_DROPOUT, "dropout"),
     "qwen3_next": ({"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
                     "shared_expert_intermediate_size": 16}, "linear_attention"),
 }  # fmt: skip
@@ -44,6 +46,7 @@ COLLATE = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
 
 def model_of(family: str, settings: dict[str, Any]) -> Any:
     """A random model of a family, in float32 and evaluation mode."""
+    family = family.split()[0]
     torch.manual_seed(3)
     sizes = dict(SIZE) if family != "gpt2" else {"vocab_size": 96, "n_embd": 48, "n_layer": 2, "n_head": 4}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **settings)).eval()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.machine import at_least_one
 from benchmarks.model_configs import CONFIGS
+from benchmarks.table import put
 from lora_tune.model.cards import find_card
 from lora_tune.model.memory import try_plan
 from lora_tune.recipe import Base, Lora, Train
@@ -45,13 +46,6 @@ def longest(gib: float, *, offload: str, embeddings: str, card: str = "rtx4090",
     return tokens
 
 
-def kept(lines: list[str]) -> None:
-    """Put the table into the page, in the place of the one that is there."""
-    page = PAGE.read_text(encoding="utf-8").splitlines()
-    first = page.index(COLUMNS)
-    PAGE.write_text("\n".join([*page[:first], *lines, *page[first + len(lines) :]]) + "\n", encoding="utf-8")
-
-
 def main() -> None:
     """Print the table, or keep it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -67,7 +61,7 @@ def main() -> None:
         lines.append(f"| {gib} GiB | " + " | ".join(f"{tokens:,}" for tokens in [*found, published]) + " |")
     print("\n".join(lines))
     if given.write:
-        kept(lines)
+        put(lines, PAGE)
 
 
 if __name__ == "__main__":

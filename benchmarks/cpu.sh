@@ -18,6 +18,7 @@ for method in lora qlora; do
 done
 $PYTHON -m benchmarks.memory --write
 $PYTHON -m benchmarks.memory --batch 1 --length 4096 --json benchmarks/results/memory_small_one_row.json
+$PYTHON -m benchmarks.recompute --json benchmarks/results/recompute.json
 $PYTHON -m benchmarks.start --runs 5 --write || true # 1 where a bound is missed: the table says it
 if [ $# -gt 0 ]; then
     $PYTHON -m benchmarks.data "$@" --write

@@ -1,7 +1,8 @@
 """The README's table of speeds, made from what is kept in `results/`:  python -m benchmarks.table [--write]
 
 Reads the files of RESULT_FILES. What has no file is called unmeasured. `--write` keeps the tables as
-`results/side_by_side.md`; a test compares that file with what this makes, and the README with the file.
+`results/side_by_side.md`, and that of recomputed layers in `docs/kernels.md`; a test compares those files with what
+this makes, and the README with the first.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ RESULT_FILES = ("step_small_lora", "step_small_qlora", "floor_small_lora", "floo
                 "tokens", "memory_small", "memory_small_one_row")  # fmt: skip
 
 
+KERNELS = RESULTS.parents[1] / "docs" / "kernels.md"
+RECOMPUTED = ["base", "CPU s a step: `kernels: off`, whole, pieces", "times as fast as off, as whole",
+              "bytes a token: off, whole, pieces", "evaluated: off, pieces"]  # fmt: skip
 MEMORY = """A training step, without the runtime, which the plan counts with 0.5 GiB: on a CPU that has to hold what
 libraries and malloc take beyond PyTorch's own. Of four rows the plan counts attention with a mask, as rows of unequal
 length need it; these are of one length.
@@ -113,6 +117,29 @@ def memory_rows(folder: Path) -> Iterator[list[str]]:
                    f"{row['minimum_gib']:.2f}", f"{row['measured_over_minimum']:.2f}"]  # fmt: skip
 
 
+def recompute_lines(folder: Path = RESULTS) -> list[str]:
+    """The table of recomputed layers in docs/kernels.md; none where nobody measured."""
+    found = kept("recompute.json", folder)
+
+    def rows() -> Iterator[list[str]]:
+        for row in found["rows"] if found else []:
+            seconds, held, evaluated = (row[key] for key in ("cpu_s", "bytes_a_token", "bytes_a_token_evaluated"))
+            sides = ("peft", "whole", "pieces")
+            yield ["NF4" if row["quantize"] == "nf4" else "bf16", ", ".join(f"{seconds[side]:.2f}" for side in sides),
+                   f"{row['pieces_over_peft']:.2f}, {row['pieces_over_whole']:.2f}",
+                   ", ".join(f"{held[side]:,}" for side in sides),
+                   f"{evaluated['peft']:,}, {evaluated['pieces']:,}"]  # fmt: skip
+
+    return lines_of(RECOMPUTED, rows()) if found else []
+
+
+def put(lines: list[str], page: Path) -> None:
+    """Put a table into a page, in the place of the one with the same head and as many lines."""
+    text = page.read_text(encoding="utf-8").splitlines()
+    first = text.index(lines[0])
+    page.write_text("\n".join([*text[:first], *lines, *text[first + len(lines) :]]) + "\n", encoding="utf-8")
+
+
 def measured_on(folder: Path) -> str:
     """Machine, libraries and commit of every result."""
     said = []
@@ -150,6 +177,8 @@ def main() -> None:
     made = text()
     if parser.parse_args().write:
         TABLE.write_text(made, encoding="utf-8")
+        if lines := recompute_lines():
+            put(lines, KERNELS)
     print(made)
 
 

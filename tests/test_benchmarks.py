@@ -135,6 +135,7 @@ def test_a_step_is_seen_when_its_line_is_whole(tmp_path: Path) -> None:
 
 def test_tables_are_those_that_were_measured() -> None:
     assert table.TABLE.read_text(encoding="utf-8") == table.text(), "run python -m benchmarks.table --write"
+    assert "\n".join(table.recompute_lines()) in table.KERNELS.read_text(encoding="utf-8")
 
 
 def test_what_was_not_measured_is_said_so(tmp_path: Path) -> None:

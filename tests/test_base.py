@@ -276,7 +276,8 @@ def test_pickled_weights_are_not_read(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def test_attention_that_is_not_installed_is_refused(tiny_base: Path) -> None:
-    refused(tiny_base, "base.attention: flash_attention_2 needs", "set it to auto", attention="flash_attention_2", compute_dtype="bfloat16")
+    asked = {"attention": "flash_attention_2", "compute_dtype": "bfloat16"}
+    refused(tiny_base, "base.attention: flash_attention_2 needs", "set it to auto", **asked)
     assert loaded(tiny_base).config._attn_implementation == "sdpa"
     assert loaded(tiny_base, attention="eager").config._attn_implementation == "eager"
 

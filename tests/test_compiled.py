@@ -14,7 +14,7 @@ import training_kit as kit
 from seldom import often
 
 from lora_tune.errors import UsageError
-from lora_tune.model import attention
+from lora_tune.model import attention, missing
 from lora_tune.model.base import checkpoint_layers
 from lora_tune.model.kernels import compiled
 from lora_tune.recipe import Base, Train
@@ -89,7 +89,7 @@ def test_a_gpu_without_a_c_compiler_is_refused_at_the_start(monkeypatch: pytest.
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(UsageError, match="no C compiler"):
-        compiled._can_compile(torch.device("cuda"))
+    (problem,) = missing.compiler_problems("cuda")
+    assert "no C compiler" in str(problem)
     monkeypatch.setenv("CC", "/opt/cc")
-    compiled._can_compile(torch.device("cuda"))
+    assert not list(missing.compiler_problems("cuda"))

@@ -97,7 +97,7 @@ def test_losses_equal_those_of_single_rows(
     """With all logits of a batch at once, of many rows or few, and tile by tile (None)."""
     if logit_bytes:
         monkeypatch.setattr(losses, "_LOGIT_BYTES", logit_bytes)
-        monkeypatch.setattr(losses, "find_head", lambda base: None)
+        monkeypatch.setattr(losses, "find_head", lambda base, kernels: None)
     rows = token_rows(30)
     expected = [plain_loss(model.eval(), row) for row in rows]
     found = row_losses(model, rows, pad_id=0, batch_tokens=batch_tokens)

@@ -10,7 +10,6 @@ one thread.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from benchmarks.machine import machine, result_file, versions
+from benchmarks.machine import machine, print_and_keep, result_file, versions
 from benchmarks.peers.protocol import LIBRARIES
 from lora_tune.data.packing import pack
 from lora_tune.model.attention import use_varlen
@@ -99,10 +98,7 @@ def main() -> int:
     torch.set_num_threads(1)
     found = [measure(*case, rounds=given.rounds) for case in CASES]
     result = {"machine": machine(), "versions": versions("lora_tune", *LIBRARIES), "rows": found}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n", encoding="utf-8")
+    print_and_keep(result, given.json)
     return 0
 
 

@@ -29,7 +29,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 import torch
 
-from benchmarks.machine import result_file
+from benchmarks.machine import print_and_keep, result_file
 from lora_tune.adapter.at_hand import base_at_hand, chat_of_folder
 from lora_tune.adapter.load import load_adapter
 from lora_tune.data.chat_template import ChatTemplate
@@ -159,10 +159,7 @@ def main() -> None:
         "times_batches": round(spent["batches_of_transformers"] / spent["ours"], 2),
     }
     result["ranking"] = ranking(model, chat, data, min(100, given.rows))
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n", encoding="utf-8")
+    print_and_keep(result, given.json)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import subprocess
@@ -81,6 +82,14 @@ def result_file(text: str) -> Path:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written; name another file")
     return path
+
+
+def print_and_keep(result: dict[str, Any], file: Path | None) -> None:
+    """Print a result as JSON, and write it to the file where there is one. Raises: OSError."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if file and file != STDOUT:
+        file.write_text(text + "\n", encoding="utf-8")
 
 
 def at_least_one(text: str) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.machine import machine, result_file, versions
+from benchmarks.machine import machine, print_and_keep, result_file, versions
 from benchmarks.peers.protocol import LIBRARIES
 from benchmarks.step import SHAPES, write_base
 from lora_tune.model import pieces
@@ -146,10 +145,7 @@ def main() -> int:
             measure(Path(folder), quantize, tokens=given.tokens, long=given.long, rounds=given.rounds)
             for quantize in ("none", "nf4")
         ]
-    text = json.dumps(result, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n", encoding="utf-8")
+    print_and_keep(result, given.json)
     return 0
 
 

@@ -12,14 +12,12 @@ and fragments, what cuBLAS works in, 4-bit weights (their one dequantized matrix
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
@@ -31,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from benchmarks.machine import machine, versions
+from benchmarks.machine import at_least_one, machine, print_and_keep, result_file, versions
 from benchmarks.peers.protocol import LIBRARIES
 from benchmarks.step import SHAPES
 from lora_tune.model.footprint import GIB, Choice, _training, job_of
@@ -179,15 +177,12 @@ def measure(tokens: int, layers: int) -> list[dict[str, Any]]:
 def main() -> int:
     """Count, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32768])
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--tokens", type=at_least_one, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument("--layers", type=at_least_one, default=32)
+    parser.add_argument("--json", type=result_file)
     given = parser.parse_args()
     rows = [row for tokens in given.tokens for row in measure(tokens, given.layers)]
-    text = json.dumps({"machine": machine(), "versions": versions("lora_tune", *LIBRARIES), "rows": rows}, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n", encoding="utf-8")
+    print_and_keep({"machine": machine(), "versions": versions("lora_tune", *LIBRARIES), "rows": rows}, given.json)
     return 0
 
 

@@ -99,7 +99,7 @@ def tried(config: dict[str, Any], *, base: Base, lora: Lora, train: Train, gib: 
 
 
 REFUSED = [
-    (Train(micro_batch_size=16, kernels="off"), Base(name="x"), Lora(), 12.0),
+    (Train(micro_batch_size=48), Base(name="x"), Lora(), 12.0),
     (Train(gradient_checkpointing="none"), Base(name="x"), Lora(), 12.0),
     (Train(), Base(name="x", quantize="none"), Lora(), 12.0),
     (Train(optimizer="adamw"), Base(name="x", double_quant=False), Lora(rank=64), 6.6),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from double_mlp import a_gated_mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -158,23 +159,10 @@ def test_a_gated_mlp_of_any_shape(
     t: int, h: int, inner: int, rank: int, seed: int, activation: Activation, joined: bool
 ) -> None:
     """SwiGLU and GeGLU; gate and up from two layers, or the halves of what one gives."""
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(t, h, generator=draw, dtype=torch.float64, requires_grad=True)
-    shapes = [(2 * inner, h), (h, inner)] if joined else [(inner, h), (inner, h), (h, inner)]
-    weights = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
-    factors = []
-    for out, into in shapes:
-        factors += [torch.randn(rank, into, generator=draw, dtype=torch.float64, requires_grad=True)]
-        factors += [torch.randn(out, rank, generator=draw, dtype=torch.float64, requires_grad=True)]
-    parts = [Frozen(w.to, None, 0.5) for w in weights]
-
-    def linear(number: int, value: torch.Tensor) -> torch.Tensor:
-        return value @ weights[number].T + 0.5 * (value @ factors[2 * number].T) @ factors[2 * number + 1].T
-
-    gate, up = linear(0, x).chunk(2, dim=-1) if joined else (linear(0, x), linear(1, x))
-    act = nn.functional.silu(gate) if activation == "silu" else nn.functional.gelu(gate, approximate="tanh")
-    expected = linear(len(parts) - 1, act * up)
-    found = GatedMlp.apply(x, parts, torch.float64, activation, *factors)
+    mlp = a_gated_mlp(h, inner, rank, joined=joined, seed=seed)
+    x = torch.randn(t, h, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, requires_grad=True)
+    expected, factors = mlp.of(x, activation), mlp.factors
+    found = GatedMlp.apply(x, mlp.parts, torch.float64, activation, *factors)
     torch.testing.assert_close(found, expected)
     both = [torch.autograd.grad(output.cos().sum(), [x, *factors]) for output in (expected, found)]
     for one, other in zip(*both, strict=True):

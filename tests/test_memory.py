@@ -74,7 +74,7 @@ def test_weights_of_a_base_stored_in_8_bit_are_as_large_as_its_files(corpus: Pat
 def test_worked_examples_of_7b_models(config: dict[str, Any], weights: float, published: float) -> None:
     """NF4, rank 16, 2,048 tokens, all layers checkpointed. The published sums have 16-bit adapters, ours float32; they
     add the loss head to the backward pass of a layer, where we take the larger of the two (0.2 GiB), and are of PEFT's
-    own layers: fused ones need up to 0.4 GiB less."""
+    own layers: fused ones need up to 0.2 GiB less."""
     train, lora, choice = ONE.model_copy(update={"max_length": 2048, "kernels": "off"}), Lora(), Choice(1, 32, "adamw")
     own, fused = (
         footprint._training(
@@ -83,7 +83,7 @@ def test_worked_examples_of_7b_models(config: dict[str, Any], weights: float, pu
         for given in (train, train.model_copy(update={"kernels": "auto"}))
     )
     peak = sum(own.values()) / 2**30
-    assert 0 <= peak - sum(fused.values()) / 2**30 < 0.4
+    assert 0 <= peak - sum(fused.values()) / 2**30 < 0.2
     found = plan(config, train=train)
     assert found.gradient_checkpointing == "all"
     assert found.parts_gib["weights"] == pytest.approx(weights, abs=0.01)

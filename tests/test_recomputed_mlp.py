@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from double_mlp import a_gated_mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import FAMILIES, SIZES, SMALL, adapted, distance, step
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +21,6 @@ from lora_tune.model.kernels import recomputed_mlp as recomputed
 from lora_tune.model.kernels.choice import Activation
 from lora_tune.model.kernels.fuse import fuse
 from lora_tune.model.kernels.probe import ACTIVATIONS
-from lora_tune.model.kernels.projections import Frozen
 
 TOKENS = 3 * 17  # of the batch that `step` takes
 WIDTH = SMALL["intermediate_size"]
@@ -49,26 +48,15 @@ def how_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_an_mlp_of_any_shape_in_any_pieces(
     t: int, h: int, inner: int, rank: int, piece: int, seed: int, activation: Activation, joined: bool, asked: str
 ) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, t, h, generator=draw, dtype=torch.float64, requires_grad=asked != "factors")
-    shapes = [(2 * inner, h), (h, inner)] if joined else [(inner, h), (inner, h), (h, inner)]
-    weights = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
-    factors = []
-    for out, into in shapes:
-        factors += [torch.randn(rank, into, generator=draw, dtype=torch.float64, requires_grad=asked != "x")]
-        factors += [torch.randn(out, rank, generator=draw, dtype=torch.float64, requires_grad=asked != "x")]
-    parts = [Frozen(w.to, None, 0.5) for w in weights]
-
-    def linear(number: int, value: torch.Tensor) -> torch.Tensor:
-        return value @ weights[number].T + 0.5 * (value @ factors[2 * number].T) @ factors[2 * number + 1].T
-
-    gate, up = linear(0, x).chunk(2, dim=-1) if joined else (linear(0, x), linear(1, x))
-    act = nn.functional.silu(gate) if activation == "silu" else nn.functional.gelu(gate, approximate="tanh")
-    expected = linear(len(parts) - 1, act * up)
+    mlp = a_gated_mlp(h, inner, rank, joined=joined, seed=seed)
+    x = torch.randn(2, t, h, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x.requires_grad_(asked != "factors")
+    factors = [factor.requires_grad_(asked != "x") for factor in mlp.factors]
+    expected = mlp.of(x, activation)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE_BYTES", 8 * inner * piece)
         found = recomputed.recomputed_mlp(
-            x, parts, torch.float64, activation=activation, factors=factors, place=recomputed.Place()
+            x, mlp.parts, torch.float64, activation=activation, factors=factors, place=recomputed.Place()
         )
         torch.testing.assert_close(found, expected)
         wanted = [tensor for tensor in (x, *factors) if tensor.requires_grad]

@@ -58,7 +58,7 @@ def _between(
             stack.enter_context(_answering(layer, answer, seen))
         try:
             y_RH = parent(x_RH.clone())
-        except (TypeError, RuntimeError, ValueError):
+        except (TypeError, RuntimeError, ValueError, IndexError):
             return None
     whole = isinstance(y_RH, torch.Tensor) and torch.equal(y_RH, answers[-1]) and len(seen) == len(layers)
     return seen[-1] if whole and all(torch.equal(given, x_RH) for given in seen[:-1]) else None

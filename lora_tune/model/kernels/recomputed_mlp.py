@@ -5,7 +5,7 @@ functions see to it that this is the input of the MLP: `KeepInput` keeps it, com
 `Compute`, behind it, has the output and keeps nothing. So neither gate, up nor down are computed with the layer: its
 backward pass computes gate and up for some tokens, their gradients, and goes on with the next ones. Of the MLP's
 9 products of matrices (3 forward, 3 again, 3 for gradients) 8 are left, and what a pass needs for the width of the MLP
-(6 tensors (T, I)) does not grow with the length of the sequences.
+(5 tensors (T, I)) does not grow with the length of the sequences.
 
 Where a norm follows the MLP (Gemma 2, OLMo 2) and keeps what that puts out, the layer is computed to its end all the
 same: there it would be 11 products instead of 9, so that such an MLP keeps gate and up unless the sequences are long.
